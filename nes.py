@@ -1,0 +1,1247 @@
+"""Neural ensemble search with diversity control, in one file.
+
+"Differentiable algorithm for searching ensembles of deep learning models with diversity control"
+(Yakovlev, Bakhteev, Petrushina, Babkin), step by step:
+
+     1 data                    2 the DARTS cell, the supernet   3 base search (alpha, genotype)
+     4 JSd, the hypernetwork   5 sampling                       6 members: one shot, and trained
+     7 the ensemble            8 the lambda response            9 pictures
+    10 the run: settings, resume, torchrun, main
+
+    python nes.py --dataset fmnist --samples 5      # the whole method on Fashion-MNIST
+    python nes.py --dataset toy --samples 3         # the same on drawn shapes, in about a minute
+
+Letters for shapes: B batch, C channels, H and W height and width, O = 7 operations, E = 14 edges of a
+cell, K pivots, M members, N points, Y classes. alpha is always (2, E, O): the normal cell, the reduction cell.
+"""
+import argparse
+import ctypes
+import gzip
+import hashlib
+import json
+import math
+import os
+import platform
+import struct
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 0. Habits: errors are sentences, randomness is named, what was computed outlives the process
+# ----------------------------------------------------------------------------------------------------------
+
+def fail(sentence):
+    """End the program with one sentence that says what to do, and exit status 2."""
+    print(f"nes.py: error: {sentence}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def rng(*key):
+    """A random generator that depends on `key` alone, for example (seed, "batch", epoch).
+
+    Nothing random is carried from step to step: a resumed run has no random state to restore, and one more
+    draw in one place changes nothing elsewhere.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def save(path, state):
+    """Write a checkpoint (.pt) or text; a kill at any moment leaves the old file or the new one, never half."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, part) if path.suffix == ".pt" else part.write_text(state)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        fail(f"cannot write {path} ({error}): make room, or choose another place with --out")
+
+
+def load(path):
+    """Read what `save` wrote; None where there is no such file."""
+    try:
+        if path.suffix == ".pt":
+            return torch.load(path, map_location="cpu", weights_only=True)
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # a damaged zip, pickle or JSON file raises almost anything
+        fail(f"{path} is damaged ({type(error).__name__}): delete it and repeat the command; only what this "
+             "file held is computed again")
+
+
+def log_row(name, done, total, seconds, text):
+    left = seconds / done * (total - done)
+    print(f"{name:<14}{done:>7}/{total:<7}{text}   {seconds:6.0f} s, {left:6.0f} s left", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 1. Data: one uint8 tensor, four named splits
+# ----------------------------------------------------------------------------------------------------------
+# weights       trains the shared weights w            } together "train": a member, whose architecture
+# architecture  trains alpha and the hypernetwork      } is fixed, learns from both
+# selection     chooses between finished networks
+# test          is looked at once, at the end
+# One set for two of these purposes would flatter the result.
+
+SHARES = {"weights": 0.45, "architecture": 0.45, "selection": 0.10}
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+class Data(NamedTuple):
+    splits: dict         # name -> (images (N, C, H, W) uint8, labels (N,) int64)
+    classes: list        # names
+    mean: torch.Tensor   # (C, 1, 1), of the weights split, pixels scaled to [0, 1]
+    std: torch.Tensor
+
+
+def load_data(dataset, data_dir, image_size, seed, device="cpu"):
+    """Read a data set and split its training part at random by `seed` into the shares above.
+
+    dataset: "fmnist", "cifar10", "toy", or a folder that holds train/<class>/* and test/<class>/*.
+    """
+    if dataset == "toy":
+        train, test, classes = toy(2400, rng("toy", "train")), toy(600, rng("toy", "test")), TOY_CLASSES
+    elif dataset == "fmnist":
+        train, test, classes = read_fashion_mnist(data_dir)
+    elif dataset == "cifar10":
+        (train, classes), (test, _) = read_torchvision(torchvision.datasets.CIFAR10, data_dir)
+    else:
+        train, test, classes = read_folder(Path(dataset), image_size)
+    images, labels = train
+    order = torch.randperm(len(labels), generator=rng(seed, "splits"))
+    splits, start = {"test": test}, 0
+    for name, share in SHARES.items():
+        chosen = order[start:start + int(share * len(order))]
+        splits[name], start = (images[chosen], labels[chosen]), start + len(chosen)
+    splits["train"] = tuple(torch.cat(both) for both in zip(splits["weights"], splits["architecture"]))
+    pixels = splits["weights"][0].float() / 255
+    std, mean = torch.std_mean(pixels, dim=(0, 2, 3))
+    splits = {name: (x.to(device), y.to(device)) for name, (x, y) in splits.items()}
+    return Data(splits, classes, mean.view(-1, 1, 1).to(device), std.clamp_min(1e-3).view(-1, 1, 1).to(device))
+
+
+def read_torchvision(dataset_class, root):
+    """Both parts of a torchvision data set from `root`, downloaded if it is not there."""
+    parts = []
+    for train in (True, False):
+        try:
+            try:
+                part = dataset_class(root, train=train)
+            except RuntimeError:  # torchvision's word for "not there"
+                part = dataset_class(root, train=train, download=True)
+        except Exception as error:  # no network, no room, or whatever a damaged file raises
+            fail(f"cannot read or download {dataset_class.__name__} in {root} ({type(error).__name__}: {error}): "
+                 "check the network, or delete the damaged files there, or name the right folder with --data-dir")
+        images = torch.as_tensor(part.data)  # (N, H, W) or (N, H, W, C)
+        images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
+        parts.append(((images.contiguous(), torch.as_tensor(part.targets)), part.classes))
+    return parts
+
+
+def read_fashion_mnist(root):
+    """Fashion-MNIST from `root`, else from Debian's package dataset-fashion-mnist, else downloaded to `root`."""
+    here = (Path(root) / "FashionMNIST" / "raw").exists()
+    if here or not DEBIAN_FASHION_MNIST.exists():
+        (train, classes), (test, _) = read_torchvision(torchvision.datasets.FashionMNIST, root)
+        return train, test, classes
+    train, test = [(read_idx(f"{part}-images-idx3-ubyte.gz").unsqueeze(1), read_idx(f"{part}-labels-idx1-ubyte.gz").long())
+                   for part in ("train", "t10k")]
+    return train, test, torchvision.datasets.FashionMNIST.classes
+
+
+def read_idx(name):
+    """One gzipped IDX file: two zero bytes, a type, the number of sizes, the sizes (big-endian), the data."""
+    path = DEBIAN_FASHION_MNIST / name
+    try:
+        raw = bytearray(gzip.open(path).read())
+        start = 4 + 4 * raw[3]
+        return torch.frombuffer(raw, dtype=torch.uint8, offset=start).view(struct.unpack(f">{raw[3]}i", raw[4:start]))
+    except (OSError, EOFError, RuntimeError, IndexError, ValueError, struct.error) as error:
+        fail(f"{path} is missing or damaged ({error}): install dataset-fashion-mnist again, or use --data-dir")
+
+
+def read_folder(root, size):
+    """Images under root/train/<class> and root/test/<class>, resized to (size, size); grey if all of them are."""
+    shape = torchvision.transforms.Compose([torchvision.transforms.Resize((size, size)),
+                                            torchvision.transforms.PILToTensor()])
+    parts = []
+    for part in ("train", "test"):
+        try:
+            folder = torchvision.datasets.ImageFolder(root / part)
+        except OSError as error:
+            fail(f"--dataset {root} is neither fmnist, cifar10 or toy nor a folder of train/<class>/ and "
+                 f"test/<class>/ with an image in each class ({error})")
+        images = []
+        for path, _ in folder.samples:
+            try:
+                images.append(shape(folder.loader(path)))
+            except OSError as error:
+                fail(f"cannot read the image {path} ({error}): remove or replace it")
+        parts.append((torch.stack(images), torch.tensor(folder.targets), folder.classes))
+    (train, y_train, classes), (test, y_test, test_classes) = parts
+    if classes != test_classes or len(classes) < 2:
+        fail(f"{root}/train and {root}/test must hold the same classes, two or more: found {classes} and {test_classes}")
+    if all((x == x[:, :1]).all() for x in (train, test)):
+        train, test = train[:, :1], test[:, :1]
+    return (train, y_train), (test, y_test), classes
+
+
+TOY_CLASSES = ["disc", "ring", "square", "diamond", "plus", "cross"]
+
+
+def toy(count, generator):
+    """Noisy 16x16 drawings of six shapes; place, size, contrast and sign vary, so no pixel tells the class."""
+    draw = lambda low, high: low + (high - low) * torch.rand(count, 1, 1, generator=generator)
+    axis = torch.arange(16.0)
+    size = draw(3, 6)
+    u = ((axis.view(1, 16, 1) - draw(5, 10)) / size).abs()   # (count, 16, 1), 1 at the shape's edge
+    v = ((axis.view(1, 1, 16) - draw(5, 10)) / size).abs()
+    radius, box = (u * u + v * v).sqrt(), torch.maximum(u, v)
+    shapes = torch.stack([radius < 1, (radius < 1) & (radius > 0.6), box < 0.9, u + v < 1.2,
+                          (torch.minimum(u, v) < 0.3) & (box < 1), ((u - v).abs() < 0.35) & (box < 1)])
+    labels = torch.randint(len(TOY_CLASSES), (count,), generator=generator)
+    ink = shapes[labels, torch.arange(count)] * draw(40, 90) * (draw(-1, 1).sign())
+    noise = 25 * torch.randn(count, 16, 16, generator=generator)
+    return (128 + ink + noise).clamp(0, 255).byte().unsqueeze(1), labels
+
+
+def normalise(data, images):
+    """(B, C, H, W) uint8 -> float, mean 0 and std 1 in each channel, channels_last."""
+    return ((images.float() / 255 - data.mean) / data.std).contiguous(memory_format=torch.channels_last)
+
+
+def draw_batch(data, split, size, step, key, crop=0, mirror=False, part=slice(None)):
+    """Batch number `step` of endless epochs over a split, shifted by up to `crop` pixels, half of it mirrored.
+
+    key names the stream of batches; part takes a share of the batch (this process's, under torchrun).
+    Returns images (B, C, H, W), float, and labels (B,).
+    """
+    images, labels = data.splits[split]
+    size = min(size, len(labels))
+    epoch, position = divmod(step, len(labels) // size)
+    chosen = torch.randperm(len(labels), generator=rng(*key, "epoch", epoch))[position * size:][:size]
+    shift = torch.randint(-crop, crop + 1, (2, size, 1), generator=rng(*key, "shift", step))
+    flipped = torch.rand(size, 1, generator=rng(*key, "mirror", step)) < (0.5 if mirror else 0)
+    height, width = images.shape[2:]
+    rows = (torch.arange(height) + shift[0]).clamp(0, height - 1)     # (B, H): the border is repeated
+    columns = (torch.arange(width) + shift[1]).clamp(0, width - 1)    # (B, W)
+    columns = torch.where(flipped, columns.flip(1), columns)
+    chosen, rows, columns = (index[part].to(images.device) for index in (chosen, rows, columns))
+    # One indexing operation crops and mirrors the whole batch, and gives (B, H, W, C): channels last.
+    batch = images[chosen[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return normalise(data, batch), labels[chosen]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 2. The DARTS cell and the supernet
+# ----------------------------------------------------------------------------------------------------------
+
+class DepthwiseGradients(torch.autograd.Function):
+    """A depthwise convolution (bias-free, padding "same") whose gradients are forward convolutions.
+
+    With k taps, stride s, dilation d, padding p = d (k - 1) / 2 and output gradient g:
+        dL/dx = conv(g with s - 1 zeros between its pixels, flipped w, dilation d, padding p)
+        dL/dw = sum_B conv(x, kernel g, stride d, dilation s, padding p), its first k x k values
+    Exact. Most of a DARTS step on a CPU is this gradient, and PyTorch's CPU kernels run a depthwise convolution
+    with 5 taps or a dilation 3 to 12 times faster forward than backward; the README has the measured gain.
+    """
+
+    @staticmethod
+    def forward(ctx, x, w, stride, dilation):
+        ctx.save_for_backward(x, w)
+        ctx.stride, ctx.dilation = stride, dilation
+        return F.conv2d(x, w, None, stride, dilation * (w.shape[-1] // 2), dilation, groups=w.shape[0])
+
+    @staticmethod
+    def backward(ctx, g):
+        (x, w), s, d = ctx.saved_tensors, ctx.stride, ctx.dilation
+        (B, C, H, W), k = x.shape, w.shape[-1]
+        p = d * (k // 2)
+        gradient_x = gradient_w = None
+        if ctx.needs_input_grad[0]:
+            spread = g
+            if s > 1:
+                spread = torch.zeros_like(x)
+                spread[:, :, ::s, ::s] = g
+            gradient_x = F.conv2d(spread, w.flip(2, 3), None, 1, p, d, groups=C)
+        if ctx.needs_input_grad[1] and k == 3 and d == 1:  # the one case with a fast kernel of its own
+            gradient_w = torch.nn.grad.conv2d_weight(x, w.shape, g, s, p, d, groups=C)
+        elif ctx.needs_input_grad[1]:
+            image = x.permute(2, 3, 0, 1).reshape(1, H, W, B * C).permute(0, 3, 1, 2)     # (1, BC, H, W)
+            kernel = g.reshape(B * C, 1, *g.shape[2:])
+            taps = F.conv2d(image, kernel, None, d, p, s, groups=B * C)[:, :, :k, :k]      # (1, BC, k, k)
+            gradient_w = taps.reshape(B, C, 1, k, k).sum(0)
+        return gradient_x, gradient_w, None, None
+
+
+class DepthwiseConv(nn.Conv2d):
+    def __init__(self, C, taps, stride, dilation=1):
+        super().__init__(C, C, taps, stride, dilation * (taps // 2), dilation, groups=C, bias=False)
+
+    def forward(self, x):
+        if x.device.type == "cpu":
+            return DepthwiseGradients.apply(x, self.weight, self.stride[0], self.dilation[0])
+        return super().forward(x)
+
+
+class FactorizedReduce(nn.Module):
+    """Halve H and W without losing pixels: two 1x1 convolutions of stride 2, one of them a pixel down and right."""
+
+    def __init__(self, C_in, C, affine):
+        super().__init__()
+        self.even = nn.Conv2d(C_in, C // 2, 1, stride=2, bias=False)
+        self.odd = nn.Conv2d(C_in, C - C // 2, 1, stride=2, bias=False)
+        self.norm = nn.BatchNorm2d(C, affine=affine)
+
+    def forward(self, x):
+        shifted = F.pad(x, (-1, 1, -1, 1))  # keeps H and W, so that odd sizes work
+        return self.norm(torch.cat([self.even(x), self.odd(shifted)], dim=1))
+
+
+def separable(C, taps, stride, affine, dilation=1):
+    return [DepthwiseConv(C, taps, stride, dilation), nn.Conv2d(C, C, 1, bias=False), nn.BatchNorm2d(C, affine=affine)]
+
+
+def pool(layer, C):
+    return nn.Sequential(layer, nn.BatchNorm2d(C, affine=False))
+
+
+# The seven operations O of DARTS: (C, stride, affine) -> module. Those of PARAMETRIC begin with a ReLU, which is
+# not in the module: the edges that leave a node share it (see Source).
+OPERATIONS = {
+    "max_pool_3x3": lambda C, stride, affine: pool(nn.MaxPool2d(3, stride, 1), C),
+    "avg_pool_3x3": lambda C, stride, affine: pool(nn.AvgPool2d(3, stride, 1, count_include_pad=False), C),
+    "skip_connect": lambda C, stride, affine: nn.Identity() if stride == 1 else FactorizedReduce(C, C, affine),
+    "sep_conv_3x3": lambda C, stride, affine: nn.Sequential(
+        *separable(C, 3, stride, affine), nn.ReLU(), *separable(C, 3, 1, affine)),
+    "sep_conv_5x5": lambda C, stride, affine: nn.Sequential(
+        *separable(C, 5, stride, affine), nn.ReLU(), *separable(C, 5, 1, affine)),
+    "dil_conv_3x3": lambda C, stride, affine: nn.Sequential(*separable(C, 3, stride, affine, dilation=2)),
+    "dil_conv_5x5": lambda C, stride, affine: nn.Sequential(*separable(C, 5, stride, affine, dilation=2)),
+}
+NAMES = list(OPERATIONS)
+PARAMETRIC = NAMES[3:]
+NODES = 4                                                                        # intermediate nodes of a cell
+EDGES = [(source, node) for node in range(NODES) for source in range(node + 2)]  # sources 0, 1 are the inputs
+KINDS = ("normal", "reduction")
+
+
+class Source:
+    """A node's output x (B, C, H, W), with what the edges that leave it would each compute again."""
+
+    def __init__(self, x):
+        self.x, self.shared = x, {}
+
+    def apply(self, name, function):
+        if name not in self.shared:
+            self.shared[name] = function(self.x)
+        return self.shared[name]
+
+
+class MixedOp(nn.Module):
+    """The mixed operation of an edge (DARTS, eq. 2): sum over o of weights[o] * o(x), weights = softmax(alpha).
+
+    operations: the names that the edge holds: all seven in a supernet, one or none in a discrete network.
+    forward: x (B, C, H, W) or a Source; weights (O,), or None for ones; operations: those to run, by default all.
+    """
+
+    def __init__(self, C, stride, affine=False, operations=NAMES):
+        super().__init__()
+        self.stride = stride
+        self.ops = nn.ModuleDict({name: OPERATIONS[name](C, stride, affine) for name in operations})
+
+    def forward(self, x, weights=None, operations=None):
+        source = x if isinstance(x, Source) else Source(x)
+        total = 0
+        for name in self.ops if operations is None else operations:
+            op = self.ops[name]
+            if "pool" in name:  # has no parameters, so any edge's own computes it for all edges of this source
+                y = source.apply((name, self.stride), op)
+            else:
+                y = op(source.apply("relu", F.relu) if name in PARAMETRIC else source.x)
+            total = total + (y if weights is None else weights[NAMES.index(name)] * y)
+        return total
+
+
+def channels_last(gradient):
+    return gradient.contiguous(memory_format=torch.channels_last)
+
+
+class Cell(nn.Module):
+    """A DARTS cell (DARTS, section 2.1): two inputs, four nodes, each the sum of its edges; their concatenation.
+
+    operations: for each edge the names that it holds (a genotype's, see `edge_operations`), None for all.
+    forward: s0 and s1, the outputs of the last two cells; weights (E, O) or None; operations as above: what to run.
+    Returns (B, 4C, H, W), or (B, 4C, H/2, W/2) from a reduction cell.
+    """
+
+    def __init__(self, C_before, C_last, C, reduction, after_reduction, affine=False, operations=None):
+        super().__init__()
+        self.reduction = reduction
+        align = lambda C_in: nn.Sequential(nn.Conv2d(C_in, C, 1, bias=False), nn.BatchNorm2d(C, affine=affine))
+        self.align0 = FactorizedReduce(C_before, C, affine) if after_reduction else align(C_before)
+        self.align1 = align(C_last)
+        self.edges = nn.ModuleList(
+            MixedOp(C, 2 if reduction and source < 2 else 1, affine, operations[e] if operations else NAMES)
+            for e, (source, _) in enumerate(EDGES))
+
+    def forward(self, s0, s1, weights=None, operations=None):
+        sources = [Source(self.align0(F.relu(s0))), Source(self.align1(F.relu(s1)))]
+        for node in range(NODES):
+            total = 0
+            for e, (source, target) in enumerate(EDGES):
+                if target == node:
+                    total = total + self.edges[e](sources[source], None if weights is None else weights[e],
+                                                  operations and operations[e])
+            if total.requires_grad:  # torch.cat hands back slices, on which every operation upstream would be slow
+                total.register_hook(channels_last)
+            sources.append(Source(total))
+        return torch.cat([source.x for source in sources[2:]], dim=1)
+
+
+class Network(nn.Module):
+    """Stem, cells, global mean, linear classifier; reduction cells at one and two thirds of the depth.
+
+    Without a genotype it is the supernet: every edge holds all operations, and batch norm has no scale of its own,
+    which would undo alpha's. With one it is the discrete network, with that genotype's 16 operations only.
+    forward: x (B, C_in, H, W); weights (2, E, O), softmax(alpha), or None for ones; genotype: run only its
+    operations (the supernet as that discrete network). Returns logits (B, Y).
+    alpha is an argument, never hidden state: one set of weights serves any architecture.
+    """
+
+    def __init__(self, C_in, classes, C, cells, genotype=None):
+        super().__init__()
+        # Departure from DARTS: the stem halves H and W. Dense convolutions are what a CPU does best, and every
+        # cell behind them costs a quarter.
+        self.stem = nn.Sequential(
+            nn.Conv2d(C_in, 2 * C, 3, padding=1, bias=False), nn.BatchNorm2d(2 * C), nn.ReLU(),
+            nn.Conv2d(2 * C, 4 * C, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(4 * C))
+        self.cells = nn.ModuleList()
+        C_before, C_last, after_reduction = 4 * C, 4 * C, False
+        for i in range(cells):
+            reduction = i > 0 and i in (cells // 3, 2 * cells // 3)
+            C = 2 * C if reduction else C
+            operations = genotype and edge_operations(genotype[KINDS[reduction]])
+            self.cells.append(Cell(C_before, C_last, C, reduction, after_reduction, bool(genotype), operations))
+            C_before, C_last, after_reduction = C_last, 4 * C, reduction
+        self.classifier = nn.Linear(C_last, classes)
+
+    def forward(self, x, weights=None, genotype=None):
+        operations = [genotype and edge_operations(genotype[kind]) for kind in KINDS]
+        s0 = s1 = self.stem(x)                                                             # (B, 4C, H/2, W/2)
+        for cell in self.cells:
+            kind = int(cell.reduction)
+            s0, s1 = s1, cell(s0, s1, None if weights is None else weights[kind], operations[kind])
+        if s1.requires_grad:  # the mean's gradient is a broadcast scalar, see Cell
+            s1.register_hook(channels_last)
+        return self.classifier(s1.mean(dim=(2, 3)))                                        # (B, Y)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3. alpha and the genotype; the base search (DARTS)
+# ----------------------------------------------------------------------------------------------------------
+
+def genotype_of(p):
+    """The discrete architecture of alpha (DARTS, section 2.4): each node keeps its two strongest inputs.
+
+    p: (2, E, O), softmax(alpha). An edge's operation is its most probable one and its strength that probability;
+    equal strengths are ranked by source, the lower first. Returns {"normal": [[operation, source], ...],
+    "reduction": ...}, two entries for each node in turn, in order of source: 16 entries, ready for JSON.
+    Example: node 0 has edges from sources 0 and 1, node 1 from 0, 1 and 2. With strengths 0.5, 0.4 and
+    0.3, 0.6, 0.5, node 0 keeps both edges and node 1 those from sources 1 and 2.
+    """
+    strengths, best = p.detach().max(dim=-1)
+    genotype = {}
+    for kind, strength, operation in zip(KINDS, strengths.tolist(), best.tolist()):
+        genotype[kind] = []
+        for node in range(NODES):
+            edges = [e for e, (_, target) in enumerate(EDGES) if target == node]
+            kept = sorted(edges, key=lambda e: -strength[e])[:2]
+            genotype[kind] += [[NAMES[operation[e]], EDGES[e][0]] for e in sorted(kept)]
+    return genotype
+
+
+def edge_operations(entries):
+    """One kind's genotype entries -> for each of the 14 edges the names of its operations: one or none."""
+    return [[name for name, s in entries[2 * node:2 * node + 2] if s == source] for source, node in EDGES]
+
+
+def count_operations(genotype):
+    names = [name for kind in KINDS for name, _ in genotype[kind]]
+    return {name: names.count(name) for name in NAMES if name in names}
+
+
+def second_order_loss(net, weight_batch, alpha_batch, weights, xi):
+    """L_val(w', alpha) with w' = w - xi grad_w L_train(w, alpha), as a function of alpha (DARTS, eq. 6).
+
+    The inner step stays in autograd's graph, so that the gradient is exact: no copy of the network and no finite
+    differences. weights: (2, E, O), softmax(alpha); xi: the inner learning rate.
+    """
+    (x, y), (x_val, y_val) = weight_batch, alpha_batch
+    names, w = zip(*net.named_parameters())
+    gradients = torch.autograd.grad(F.cross_entropy(net(x, weights), y), w, create_graph=True)
+    stepped = {name: value - xi * gradient for name, value, gradient in zip(names, w, gradients)}
+    return F.cross_entropy(torch.func.functional_call(net, stepped, (x_val, weights)), y_val)
+
+
+def search(phase, net, architecture, draw, steps, data, args, second_order=False):
+    """Alternate one step on the weights w and one on the architecture (DARTS, algorithm 1), resumably.
+
+    draw(step) -> (weights (2, E, O), differentiable in `architecture`; the genotype to run, None for the soft
+    mixture; the regulariser). Updates the modules net and architecture; returns {"history": rows of (step, training
+    loss, validation loss, regulariser), "seconds"}. The base search and the hypernetwork differ only in their draw.
+    """
+    path = Path(args.out) / f"{phase}.pt"
+    w_optimizer = torch.optim.SGD(net.parameters(), args.search_lr, momentum=0.9, weight_decay=3e-4)
+    a_optimizer = torch.optim.Adam(architecture.parameters(),
+                                   args.alpha_lr if phase.startswith("base") else args.hyper_lr, betas=(0.5, 0.999))
+    parts = {"net": net, "architecture": architecture, "w_optimizer": w_optimizer, "a_optimizer": a_optimizer}
+    state = share(load(path) if rank() == 0 else None) or {"step": 0, "history": [], "seconds": 0.0}
+    for name, part in parts.items():
+        if name in state:
+            part.load_state_dict(state[name])
+    net.train()
+    share_of_batch, start, sums = slice(rank(), None, world()), time.time() - state["seconds"], torch.zeros(3)
+    for step in range(state["step"], steps):
+        w_optimizer.param_groups[0]["lr"] = args.search_lr * (1 + math.cos(math.pi * step / steps)) / 2
+        w_batch, a_batch = (draw_batch(data, split, args.search_batch, step, (args.seed, phase, split),
+                                       args.crop, args.mirror, share_of_batch) for split in ("weights", "architecture"))
+        weights, genotype, regulariser = draw(step)
+
+        train_loss = F.cross_entropy(net(w_batch[0], weights.detach(), genotype), w_batch[1])
+        w_optimizer.zero_grad()
+        train_loss.backward()
+        average_gradients(net.parameters())
+        nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+        w_optimizer.step()
+
+        if second_order:
+            val_loss = second_order_loss(net, w_batch, a_batch, weights, w_optimizer.param_groups[0]["lr"])
+        else:
+            net.requires_grad_(False)  # the gradient for alpha alone: half the work of the backward pass
+            val_loss = F.cross_entropy(net(a_batch[0], weights, genotype), a_batch[1])
+        gradients = torch.autograd.grad(val_loss + regulariser, list(architecture.parameters()))
+        net.requires_grad_(True)
+        for parameter, gradient in zip(architecture.parameters(), gradients):
+            parameter.grad = gradient
+        average_gradients(architecture.parameters())
+        a_optimizer.step()
+
+        sums += torch.stack([torch.as_tensor(v).detach().cpu() for v in (train_loss, val_loss, regulariser)])
+        if (step + 1) % args.log_every == 0 or step + 1 == steps:
+            means = (sums / (step + 1 - state["step"])).tolist()
+            sums.zero_()
+            state.update(step=step + 1, seconds=time.time() - start, history=state["history"] + [[step + 1, *means]])
+            if not math.isfinite(sum(means)):
+                fail(f"the loss of the {phase} search is not a number after step {step + 1}: lower --search-lr or "
+                     "--hyper-lr; what was saved before is kept")
+            if rank() == 0:
+                log_row(phase, step + 1, steps, state["seconds"],
+                        "train {:.3f}  validation {:.3f}  regulariser {:+.4f}".format(*means))
+                save(path, {**state, **{name: part.state_dict() for name, part in parts.items()}})
+    return {"history": state["history"], "seconds": state["seconds"]}
+
+
+def base_search(name, net, data, args):
+    """Step 1 of the method: DARTS. Returns softmax(alpha) (2, E, O) and the search's history and seconds."""
+    table = nn.ParameterDict({"alpha": 1e-3 * torch.randn(2, len(EDGES), len(NAMES), generator=rng(args.seed, name))})
+    table = table.to(args.device)
+    log = search(name, net, table, lambda step: (table["alpha"].softmax(dim=-1), None, torch.zeros(())),
+                 args.base_steps, data, args, args.second_order)
+    return table["alpha"].detach().softmax(dim=-1), log
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 4. The Jensen-Shannon divergence and the hypernetwork
+# ----------------------------------------------------------------------------------------------------------
+
+def jensen_shannon(p, q):
+    """JSd(p, q) = 1/2 KL(p || m) + 1/2 KL(q || m), m = (p + q) / 2, over the last dimension, in nats.
+
+    p, q: distributions (..., O), broadcast. Returns (...), 0 <= JSd <= ln 2, symmetric. The paper, section 1.
+    Zeros are allowed, and the gradient there is finite. KL(m || p), a common slip, is not bounded.
+    """
+    tiny = torch.finfo(p.dtype).tiny
+    m = (p + q) / 2
+    kl = lambda a: (a * (a.clamp_min(tiny).log() - m.clamp_min(tiny).log())).sum(dim=-1)
+    return (kl(p) + kl(q)) / 2
+
+
+def smooth(p, tau):
+    """The base architecture as distributions: alpha* = (1 - tau) onehot(argmax p) + tau / O on each edge.
+
+    p: (2, E, O), softmax(alpha). Departure from the paper: an edge that the genotype drops gets 2 tau. With one tau
+    all edges would be equally strong, and which of them to keep, half of the genotype, would be forgotten.
+    """
+    genotype = genotype_of(p)
+    kept = torch.tensor([[bool(names) for names in edge_operations(genotype[kind])] for kind in KINDS])
+    tau = torch.where(kept, tau, 2 * tau).unsqueeze(-1).to(p.device)                       # (2, E, 1)
+    return (1 - tau) * F.one_hot(p.argmax(dim=-1), p.shape[-1]) + tau / p.shape[-1]
+
+
+class HyperNetwork(nn.Module):
+    """alpha(lambda): one table of logits for each pivot, and straight lines between them (the paper, section 3).
+
+    With pivots r_0 = 0 < ... < r_{K-1} = lambda_max, tables a_k and r_k <= lambda <= r_{k+1}:
+        alpha(lambda) = ((1 - t) a_k + t a_{k+1}) / temperature,    t = (lambda - r_k) / (r_{k+1} - r_k)
+    so that alpha(r_k) = a_k / temperature. Departure: the published formula has t and 1 - t exchanged, which makes
+    alpha jump at every pivot. The temperature is 1 until the training lowers it.
+
+    start: (2, E, O) or any shape, the logits that every pivot begins with.
+    forward: lambda, a number or a tensor (...), within [0, lambda_max] -> logits (..., 2, E, O).
+    """
+
+    def __init__(self, start, pivots=6, lambda_max=1.0):
+        super().__init__()
+        self.register_buffer("pivots", torch.linspace(0, lambda_max, pivots))              # (K,)
+        self.register_buffer("temperature", torch.ones(()))
+        self.table = nn.Parameter(start.detach().clone().repeat(pivots, *[1] * start.dim()))   # (K, 2, E, O)
+
+    def forward(self, lam):
+        lam = torch.as_tensor(lam, dtype=self.table.dtype, device=self.table.device)
+        k = torch.searchsorted(self.pivots, lam, right=True).clamp(1, len(self.pivots) - 1) - 1
+        t = (lam - self.pivots[k]) / (self.pivots[k + 1] - self.pivots[k])
+        t = t.view(*t.shape, *[1] * (self.table.dim() - 1))
+        return torch.lerp(self.table[k], self.table[k + 1], t) / self.temperature
+
+
+def diversity_objective(p, target, lam, lambda_max, args):
+    """The term that pushes alpha(lambda) away from the base, to be added to L_val.
+
+    p, target: (2, E, O), softmax(alpha(lambda)) and alpha*. JSd is the mean over the edges.
+        paper:   - lambda JSd
+        target:  c (JSd / JSd_max - lambda)^2, JSd_max = the JSd of alpha* and another operation on every edge
+    Departure, the default: with the paper's term each edge has a threshold, and how many have crossed it depends on
+    how long one trains. The target form has a resting point, and lambda reads as the share of the largest divergence.
+    """
+    jsd = jensen_shannon(target, p).mean()
+    if args.objective == "paper":
+        return -lam * jsd
+    return args.strength * (jsd / largest_divergence(target) - lam) ** 2
+
+
+def largest_divergence(target):
+    """JSd_max of alpha* (2, E, O): to a different operation, with certainty, on every edge."""
+    other = F.one_hot((target.argmax(dim=-1) + 1) % target.shape[-1], target.shape[-1])
+    return jensen_shannon(target, other.to(target)).mean()
+
+
+def train_hypernetwork(net, base, data, args):
+    """Step 2 of the method: min over the tables of E_lambda [L_val(w, alpha(lambda)) + the term above].
+
+    net: the supernet, warm from the base search; base: (2, E, O), softmax(alpha) of that search. Departures:
+    every pivot starts at the base, and *softer* than alpha* (tau_start > tau): from alpha* itself an edge can also
+    raise its JSd by becoming surer of the base's operation, and stays there for ever. A temperature falls from 1, as
+    a nearly uniform alpha has most of the JSd of a different operation. And each step runs one discrete network,
+    drawn at its lambda with Gumbel noise, so that the shared weights learn to serve what will be sampled;
+    the gradient for alpha passes through the chosen operations' weights 1 + p - stop_gradient(p), as in GDAS.
+    """
+    target = smooth(base, args.tau)
+    hyper = HyperNetwork(smooth(base, args.tau_start).log(), args.pivots, args.lambda_max).to(args.device)
+
+    def draw(step):
+        progress, generator = step / args.hyper_steps, rng(args.seed, "hyper", step)
+        hyper.temperature.fill_(1 + (args.temperature - 1) * progress)
+        # A tenth beyond either end, then clamped: the end pivots are trained as much as the others.
+        lam = (1.2 * torch.rand((), generator=generator) - 0.1).clamp(0, 1).item() * args.lambda_max
+        logits = hyper(lam)
+        gumbel = -torch.empty(logits.shape).exponential_(generator=generator).log().to(logits.device)
+        p = (logits + args.noise * (1 - progress) * gumbel).softmax(dim=-1)
+        return (1 + p - p.detach(), genotype_of(p),
+                diversity_objective(logits.softmax(dim=-1), target, lam, args.lambda_max, args))
+
+    log = search("hyper", net, hyper, draw, args.hyper_steps, data, args)
+    hyper.temperature.fill_(args.temperature)
+    return hyper, target, log
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 5. Sampling in one shot
+# ----------------------------------------------------------------------------------------------------------
+
+def sample_lambdas(count, lambda_max):
+    """lambda_i = lambda_max * frac(i * golden ratio): spread over [0, lambda_max) for any count.
+
+    The first n do not depend on how many follow, so that asking for more keeps what is there. The paper draws at
+    random, which leaves gaps. The first is 0: the base itself is a member.
+    """
+    return [lambda_max * (i * (math.sqrt(5) - 1) / 2 % 1) for i in range(count)]
+
+
+@torch.no_grad()
+def sample(hyper, target, lambdas):
+    """Read the architectures at `lambdas` from the hypernetwork: a table look-up each, no search.
+
+    Returns for each a dict: lambda, genotype, jsd (mean over edges, as a share of its bound ln 2), matched_edges
+    (of 28, whose most probable operation is the base's), matched_entries (of the 16 of the base's genotype).
+    """
+    p = hyper(torch.tensor(lambdas)).softmax(dim=-1)                                       # (M, 2, E, O)
+    jsd = jensen_shannon(p, target).mean(dim=(1, 2)) / math.log(2)
+    matched = (p.argmax(dim=-1) == target.argmax(dim=-1)).sum(dim=(1, 2))
+    base, genotypes = genotype_of(target), [genotype_of(q) for q in p]
+    return [{"lambda": lam, "genotype": genotype, "jsd": j, "matched_edges": m,
+             "matched_entries": matched_entries(genotype, base)}
+            for lam, genotype, j, m in zip(lambdas, genotypes, jsd.tolist(), matched.tolist())]
+
+
+def entries_by_node(genotype):
+    return [(kind, i // 2, *entry) for kind in KINDS for i, entry in enumerate(genotype[kind])]
+
+
+def matched_entries(genotype, base):
+    """How many of the 16 entries (kind, node, operation, source) two genotypes share."""
+    return len(set(entries_by_node(genotype)) & set(entries_by_node(base)))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 6. Members: scored in one shot with the shared weights, and trained from scratch
+# ----------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def predict(net, data, split, genotype=None):
+    """Probabilities (N, Y) on a split, on the CPU; nothing is augmented."""
+    net.eval()
+    return torch.cat([net(normalise(data, images), None, genotype).softmax(dim=-1).cpu()
+                      for images in data.splits[split][0].split(500)])
+
+
+@torch.no_grad()
+def one_shot(net, genotype, data, args):
+    """The supernet's test probabilities (N, Y) as one discrete network: no training at all.
+
+    One set of weights serves many architectures, so batch norm's statistics are taken anew for each, from training
+    batches, as plain averages (momentum None).
+    """
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+    net.train()
+    for step in range(args.recalibration):
+        net(draw_batch(data, "weights", 2 * args.batch, step, (args.seed, "recalibration"))[0], None, genotype)
+    return predict(net, data, "test", genotype)
+
+
+def build(key, *shape, device):
+    """A Network whose initial weights depend on `key` alone."""
+    torch.manual_seed(rng(*key).initial_seed())
+    return Network(*shape).to(device, memory_format=torch.channels_last)
+
+
+def train_member(genotype, index, data, args, path):
+    """Train one discrete network from scratch on the weights and architecture splits, resumably.
+
+    index: numbers the networks of one genotype: each has its own initial weights and batches. One recipe for all methods:
+    SGD, the learning rate rising over the first fifth of the steps and falling to zero over the rest.
+    The last epoch's weights are kept, no maximum over epochs. Returns the finished record (see `load_member`).
+    """
+    state = load(path) or {"genotype": genotype, "index": index, "step": 0, "seconds": 0.0}
+    if "test" in state:
+        return state
+    key = (args.seed, "member", index)
+    net = build(key, *member_shape(data, args), genotype, device=args.device)
+    optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, nesterov=True)
+    if state["step"]:
+        net.load_state_dict(state["net"])
+        optimizer.load_state_dict(state["optimizer"])
+    steps = max(1, args.epochs * len(data.splits["train"][1]) // args.batch)
+    start, total = time.time() - state["seconds"], 0.0
+    net.train()
+    for step in range(state["step"], steps):
+        progress = step / steps
+        optimizer.param_groups[0]["lr"] = args.lr * min(progress / 0.2 + 0.01, (1 - progress) / 0.8)
+        x, y = draw_batch(data, "train", args.batch, step, key, args.crop, args.mirror)
+        loss = F.cross_entropy(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.item()
+        if (step + 1) % args.log_every == 0 or step + 1 == steps:
+            if not math.isfinite(total):
+                fail(f"the loss of member {path.stem} is not a number after step {step + 1}: lower --lr; what was "
+                     "saved before is kept")
+            log_row(path.stem, step + 1, steps, time.time() - start,
+                    f"train {total / (step + 1 - state['step']):.3f}")
+            state.update(step=step + 1, seconds=time.time() - start, net=net.state_dict(), optimizer=optimizer.state_dict())
+            save(path, state)
+            total = 0.0
+    del state["optimizer"]
+    state.update({split: predict(net, data, split) for split in ("selection", "test")})
+    save(path, state)
+    return state
+
+
+def load_member(path, C_in, classes, channels, cells):
+    """A trained member from its checkpoint, ready to predict: the genotype and the weights are in the file."""
+    state = load(Path(path))
+    net = Network(C_in, classes, channels, cells, state["genotype"])
+    net.load_state_dict(state["net"])
+    return net.eval()
+
+
+def train_members(jobs, data, args):
+    """Train the networks `jobs`, pairs (genotype, index), each distinct one once; deal them out among the processes.
+
+    Returns their records in the order of jobs. A record's file is named by its genotype and index, so methods and later
+    runs that ask for the same network share it.
+    """
+    names = [f"{hashlib.sha256(json.dumps(genotype).encode()).hexdigest()[:8]}-{index}" for genotype, index in jobs]
+    distinct = sorted(dict(zip(names, jobs)).items(), key=lambda item: names.index(item[0]))
+    records = {name: {"name": name, **train_member(*job, data, args, Path(args.out) / "members" / f"{name}.pt")}
+               for name, job in distinct[rank()::world()]}
+    for record in records.values():
+        del record["net"]
+    records = {name: record for part in gather(records) for name, record in part.items()}
+    return [records[name] for name in names]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 7. The ensemble and its metrics
+# ----------------------------------------------------------------------------------------------------------
+
+def ensemble_metrics(probs, labels):
+    """Metrics of the ensemble p = mean_m p_m, step 3 of the method: the average of the members' probabilities.
+
+    probs: (M, N, Y); labels: (N,). Returns a dict of floats:
+        accuracy            share of points with argmax p = y
+        nll                 - mean log p(y), nats: first the average, then the logarithm
+        brier               mean over points of sum_k (p_k - 1[y = k])^2, in [0, 2]
+        ece                 sum over 15 equal bins of max p of (share of points in the bin) |confidence - accuracy|
+        oracle_accuracy     share of points that at least one member gets right
+        disagreement        mean over pairs of members of the share of points with different argmax
+        predictive_jsd      H(p) - mean_m H(p_m), nats, in [0, ln M]
+    """
+    probs = probs.double()
+    p, votes = probs.mean(dim=0), probs.argmax(dim=-1)                                     # (N, Y), (M, N)
+    confidence, choice = p.max(dim=-1)
+    right = (choice == labels).double()
+    bins = (confidence * 15).ceil().long().clamp(1, 15) - 1
+    gaps = torch.zeros(15, dtype=torch.double).index_add(0, bins, confidence - right)      # sums over each bin
+    pairs = torch.combinations(torch.arange(len(votes)))                                   # (M (M - 1) / 2, 2)
+    entropy = lambda q: torch.special.entr(q).sum(dim=-1).mean(dim=-1)
+    return {
+        "accuracy": right.mean().item(),
+        "nll": F.nll_loss(p.clamp_min(1e-12).log(), labels).item(),
+        "brier": (p - F.one_hot(labels, p.shape[-1])).square().sum(dim=-1).mean().item(),
+        "ece": (gaps.abs().sum() / len(labels)).item(),
+        "oracle_accuracy": (votes == labels).any(dim=0).double().mean().item(),
+        "disagreement": (votes[pairs[:, 0]] != votes[pairs[:, 1]]).double().mean().item() if len(pairs) else 0.0,
+        "predictive_jsd": (entropy(p) - entropy(probs).mean()).item(),
+    }
+
+
+def member_metrics(probs, labels):
+    """The first four metrics, for one network's probs (N, Y)."""
+    return dict(list(ensemble_metrics(probs.unsqueeze(0), labels).items())[:4])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 8. The lambda response: is lambda a dial?
+# ----------------------------------------------------------------------------------------------------------
+
+def lambda_response(hyper, target, lambda_max, count=11):
+    """`sample` on a grid of lambda, and two numbers that say how well lambda is obeyed.
+
+    spearman: rank correlation of lambda and matched edges; calibration_error: mean distance of the share of matched
+    edges from 1 - lambda / lambda_max.
+    """
+    points = sample(hyper, target, torch.linspace(0, lambda_max, count).tolist())
+    lam = torch.tensor([point["lambda"] for point in points], dtype=torch.double)
+    matched = torch.tensor([point["matched_edges"] for point in points], dtype=torch.double)
+    # Ranks, equal values sharing theirs: how many are smaller, and half of those that are equal.
+    ranks = lambda v: ((v[:, None] > v).double() + (v[:, None] == v).double() / 2).sum(dim=1)
+    return {"points": points,
+            "spearman": torch.corrcoef(torch.stack([ranks(lam), ranks(matched)]))[0, 1].item(),
+            "calibration_error": (matched / (2 * len(EDGES)) - 1 + lam / lambda_max).abs().mean().item()}
+
+
+CHANCE_EDGES = 2 * len(EDGES) / len(NAMES)  # a random operation on each edge matches the base's on 4 of 28
+CHANCE_ENTRIES = sum(2 * 2 * 2 / (node + 2) / len(NAMES) for node in range(NODES))  # and a random genotype 1.5 of 16
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 9. Other ensemble searches: each is a list of genotypes, trained by the same function
+# ----------------------------------------------------------------------------------------------------------
+
+def random_genotype(*key):
+    """Two random inputs of each node with a random operation each: the genotype of random strengths."""
+    return genotype_of(torch.rand(2, len(EDGES), len(NAMES), generator=rng(*key)))
+
+
+def perturb(base, changes, *key):
+    """The base with `changes` of its 16 entries, chosen at random, given another operation, chosen at random."""
+    genotype = json.loads(json.dumps(base))
+    entries = [entry for kind in KINDS for entry in genotype[kind]]
+    for i in torch.randperm(len(entries), generator=rng(*key))[:changes].tolist():
+        others = [name for name in NAMES if name != entries[i][0]]
+        entries[i][0] = others[torch.randint(len(others), (), generator=rng(*key, i))]
+    return genotype
+
+
+def forward_selection(probs, labels, count):
+    """NES-RS (Zaidi et al. 2021): from a pool (P, N, Y) add, one by one, the member that lowers the ensemble's NLL most."""
+    chosen = []
+    for _ in range(count):
+        rest = [i for i in range(len(probs)) if i not in chosen]
+        chosen.append(min(rest, key=lambda i: ensemble_metrics(probs[chosen + [i]], labels)["nll"]))
+    return chosen
+
+
+BASELINES = {
+    "deep": "deep ensemble: the base genotype, trained from several initial weights",
+    "random": "random architectures",
+    "perturbed": "the base with as many entries changed at random as the sampled member has",
+    "nes-rs": "the best of a random pool of twice the size, by forward selection on the selection split",
+    "darts": "independent DARTS searches",
+}
+
+
+def baseline_jobs(name, base, members, data, args):
+    """The networks (genotype, index) of a baseline and the seconds its searches took, beyond the base search."""
+    M, seed = len(members), args.seed
+    if name == "deep":
+        return [(base, i) for i in range(M)], 0.0
+    if name == "perturbed":
+        return [(perturb(base, 16 - member["matched_entries"], seed, "perturbed", i), i)
+                for i, member in enumerate(members)], 0.0
+    if name in ("random", "nes-rs"):
+        return [(random_genotype(seed, "random", i), i) for i in range(M if name == "random" else 2 * M)], 0.0
+    jobs, seconds = [(base, 0)], 0.0
+    for i in range(1, M):
+        net = build((seed, f"base-{i}"), *supernet_shape(data, args), device=args.device)
+        p, log = base_search(f"base-{i}", net, data, args)
+        jobs.append((genotype_of(p), i))
+        seconds += log["seconds"]
+    return jobs, seconds
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 10. Pictures
+# ----------------------------------------------------------------------------------------------------------
+
+def draw_cell(axis, entries, base=(), title=""):
+    """A cell as a graph: the two inputs, the four nodes, an arrow for each entry; those not in `base` in orange."""
+    for node, label in enumerate(["c[k-2]", "c[k-1]", "0", "1", "2", "3"]):
+        axis.text(node, 0, label, ha="center", va="center", bbox={"boxstyle": "round", "fc": "white"}, zorder=3)
+    for i, entry in enumerate(entries):
+        (name, source), node, side = entry, i // 2 + 2, (-1) ** i
+        color = "tab:orange" if base and entry not in base[i // 2 * 2:i // 2 * 2 + 2] else "tab:blue"
+        axis.annotate("", (node, 0), (source, 0), arrowprops={
+            "arrowstyle": "-|>", "color": color, "shrinkA": 12, "shrinkB": 12, "connectionstyle": f"arc3,rad={-0.5 * side}"})
+        axis.text((node + source) / 2, 0.27 * side * (node - source), name, ha="center", va="center", color=color,
+                  fontsize=7, bbox={"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none"})
+    axis.set(xlim=(-0.6, 5.6), ylim=(-1.5, 1.5), aspect="equal", title=title)
+    axis.axis("off")
+
+
+def draw_response(axis, points, lambda_max):
+    """Matched edges of 28 and JSd / ln 2 against lambda, with the ideal line and chance."""
+    lam = [point["lambda"] for point in points]
+    axis.plot(lam, [point["matched_edges"] / (2 * len(EDGES)) for point in points], "o-", label="matched edges / 28")
+    axis.plot(lam, [point["jsd"] for point in points], "s-", label="JSd / ln 2")
+    axis.plot([0, lambda_max], [1, 0], ":", color="grey", label="1 - lambda / lambda_max")
+    axis.axhline(1 / len(NAMES), ls="--", color="grey", label="matched by chance")
+    axis.set(xlabel="lambda", ylabel="share", title="The lambda response")
+    axis.legend(fontsize=8)
+
+
+def draw_sizes(axis, probs, labels):
+    """Accuracy of the first 1, 2, ..., M members together, and of each alone."""
+    sizes = range(1, len(probs) + 1)
+    axis.plot(sizes, [100 * ensemble_metrics(probs[:m], labels)["accuracy"] for m in sizes], "o-", label="ensemble of the first")
+    axis.plot(sizes, [100 * member_metrics(p, labels)["accuracy"] for p in probs], "x", color="grey", label="member alone")
+    axis.set(xlabel="members", ylabel="test accuracy, %", title="Accuracy against ensemble size", xticks=list(sizes))
+    axis.legend(fontsize=8)
+
+
+def draw_reliability(axis, probs, labels):
+    """Accuracy against confidence in 15 bins: on the diagonal, the ensemble is as right as it is sure."""
+    confidence, choice = probs.mean(dim=0).max(dim=-1)
+    bins = (confidence * 15).ceil().long().clamp(1, 15)
+    full = bins.unique()
+    axis.plot([0, 1], [0, 1], ":", color="grey")
+    axis.plot([confidence[bins == b].mean() for b in full], [(choice == labels)[bins == b].float().mean() for b in full], "o-")
+    axis.set(xlabel="confidence", ylabel="accuracy", title="Reliability of the ensemble")
+
+
+def save_pictures(folder, base, members, response, lambda_max, probs, labels):
+    import matplotlib.pyplot as plt  # here, so that importing this file stays quick
+    plt.switch_backend("Agg")
+    shown = [("base", base)] + [(f"lambda {m['lambda']:.2f}, {m['matched_entries']} of 16 entries", m["genotype"]) for m in members[:10]]
+    figure, axes = plt.subplots(len(shown), 2, figsize=(12, 3.2 * len(shown)), squeeze=False)
+    for row, (title, genotype) in zip(axes, shown):
+        for axis, kind in zip(row, KINDS):
+            draw_cell(axis, genotype[kind], base[kind], f"{title}: {kind} cell")
+    pictures = {"cells": figure}
+    for name, draw, *what in (("lambda_response", draw_response, response["points"], lambda_max),
+                              ("ensemble_size", draw_sizes, probs, labels), ("reliability", draw_reliability, probs, labels)):
+        pictures[name], axis = plt.subplots(figsize=(5, 4))
+        draw(axis, *what)
+    for name, figure in pictures.items():
+        figure.savefig(Path(folder) / f"{name}.png", dpi=110, bbox_inches="tight")
+        plt.close(figure)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 11. The run: processes, settings, resume, tables, main
+# ----------------------------------------------------------------------------------------------------------
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(text=""):
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def share(value):
+    """Process 0's value, in every process."""
+    box = [value]
+    if world() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def gather(value):
+    """The values of all processes, in every process."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def average_gradients(parameters):
+    """Data parallelism in one place: each process saw its share of the batch; the mean of their gradients is the batch's."""
+    if world() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]  # the same ones everywhere: all draw the same genotype
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+        g.copy_(part.view_as(g) / world())
+
+
+def supernet_shape(data, args):
+    return data.splits["test"][0].shape[1], len(data.classes), args.search_channels, args.search_cells
+
+
+def member_shape(data, args):
+    return data.splits["test"][0].shape[1], len(data.classes), args.channels, args.cells
+
+
+TOY_DEFAULTS = {"base_steps": 60, "hyper_steps": 300, "epochs": 8, "channels": 8, "cells": 2, "log_every": 50, "batch": 64}
+FREE_TO_CHANGE = {"samples", "out", "data_dir", "device", "baselines", "log_every", "report"}  # within one run folder
+
+
+def parse(argv=None):
+    """The settings. Every flag and its default; toy, which is small, has smaller defaults."""
+    def number(kind, low, high=math.inf):
+        def check(text):
+            value = kind(text)
+            if not low <= value <= high:
+                raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+            return value
+        check.__name__ = kind.__name__
+        return check
+
+    parser = argparse.ArgumentParser("nes.py", description="Neural ensemble search with diversity control.", allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    group = parser.add_argument_group("what to run")
+    group.add_argument("--dataset", default="fmnist", help="fmnist, cifar10, toy, or a folder with train/<class>/ and test/<class>/")
+    group.add_argument("--samples", type=number(int, 1), default=5, help="members of the ensemble")
+    group.add_argument("--baselines", nargs="*", choices=["all", *BASELINES], default=[],
+                       help="other ensemble searches to run beside it: " + "; ".join(f"{k}: {v}" for k, v in BASELINES.items()))
+    group.add_argument("--seed", type=int, default=0, help="of everything random")
+    group.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: the first of cuda, mps, cpu that is there")
+    group.add_argument("--out", default=None, help="run folder (default: runs/<dataset>-<objective>-<seed>)")
+    group.add_argument("--log-every", type=number(int, 1), default=100, help="steps between log rows, and checkpoints")
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-dir", default="data", help="where torchvision's data sets are, or are downloaded to")
+    group.add_argument("--image-size", type=number(int, 8), default=32, help="side to which a folder's images are resized, pixels")
+    group.add_argument("--crop", type=number(int, 0), default=1, help="largest random shift in training, pixels")
+    group.add_argument("--no-mirror", dest="mirror", action="store_false", help="do not mirror training images (digits, text)")
+    group = parser.add_argument_group("search")
+    group.add_argument("--search-channels", type=number(int, 2), default=8, help="channels of the supernet's first cell")
+    group.add_argument("--search-cells", type=number(int, 1), default=2, help="cells of the supernet")
+    group.add_argument("--search-batch", type=number(int, 2), default=64, help="images of a step")
+    group.add_argument("--base-steps", type=number(int, 1), default=150, help="steps of the base search (DARTS)")
+    group.add_argument("--hyper-steps", type=number(int, 1), default=1500, help="steps of the hypernetwork's training")
+    group.add_argument("--search-lr", type=number(float, 0), default=0.05, help="learning rate of w, falls to 0 as a cosine")
+    group.add_argument("--alpha-lr", type=number(float, 0), default=0.01, help="learning rate of alpha in the base search")
+    group.add_argument("--hyper-lr", type=number(float, 0), default=0.03, help="learning rate of the hypernetwork")
+    group.add_argument("--second-order", action="store_true", help="base search by the exact second-order gradient")
+    group = parser.add_argument_group("diversity")
+    group.add_argument("--objective", choices=["target", "paper"], default="target",
+                       help="target: c (JSd/JSd_max - lambda)^2; paper: - lambda JSd (with, say, --lambda-max 4)")
+    group.add_argument("--lambda-max", type=number(float, 0), default=1.0, help="Lambda, the largest diversity")
+    group.add_argument("--pivots", type=number(int, 2), default=6, help="K, pivots of the hypernetwork")
+    group.add_argument("--strength", type=number(float, 0), default=10.0, help="c, of the target objective")
+    group.add_argument("--tau", type=number(float, 0, 0.45), default=0.1, help="smoothing of the base in the JSd")
+    group.add_argument("--tau-start", type=number(float, 0, 0.45), default=0.3, help="smoothing of the base where the pivots start")
+    group.add_argument("--temperature", type=number(float, 0.01), default=0.25, help="temperature of alpha(lambda) at the end")
+    group.add_argument("--noise", type=number(float, 0), default=0.3, help="scale of the Gumbel noise at the start, falls to 0")
+    group = parser.add_argument_group("members")
+    group.add_argument("--channels", type=number(int, 2), default=16, help="channels of a member's first cell")
+    group.add_argument("--cells", type=number(int, 1), default=3, help="cells of a member")
+    group.add_argument("--epochs", type=number(int, 1), default=3, help="epochs of a member's training")
+    group.add_argument("--batch", type=number(int, 2), default=128, help="images of a step")
+    group.add_argument("--lr", type=number(float, 0), default=0.1, help="largest learning rate")
+    group.add_argument("--weight-decay", type=number(float, 0), default=3e-4, help="weight decay")
+    group.add_argument("--recalibration", type=number(int, 1), default=20, help="batches for batch norm before one-shot scoring")
+    if parser.parse_args(argv).dataset == "toy":
+        parser.set_defaults(**TOY_DEFAULTS)
+    args = parser.parse_args(argv)
+    if args.objective == "target" and not 0 < args.lambda_max <= 1:
+        parser.error("--lambda-max is a share of the largest divergence with --objective target: between 0 and 1, not 0")
+    if args.lambda_max == 0:
+        parser.error("--lambda-max 0 leaves nothing to sample: give a positive one")
+    if "all" in args.baselines:
+        args.baselines = list(BASELINES)
+    args.out = args.out or f"runs/{Path(args.dataset).name}-{args.objective}-{args.seed}"
+    return args
+
+
+def set_up(args):
+    """Choose the device, join the other processes of a torchrun, and keep freed memory."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if args.device == "auto":
+        args.device = next(name for name, available in there.items() if available)
+    if not there.get(args.device.split(":")[0]):
+        fail(f"--device {args.device} is not on this machine: there is {', '.join(n for n, there_is in there.items() if there_is)}")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("nccl" if "cuda" in args.device else "gloo", timeout=timedelta(days=7))
+    if platform.libc_ver()[0] == "glibc":  # else each large tensor is new memory from the system, page by page
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)           # M_MMAP_MAX: no separate mapping for large blocks
+        libc.mallopt(-1, 2**31 - 1)   # M_TRIM_THRESHOLD: keep what was freed
+
+
+def check_settings(args):
+    """Refuse a run folder that other settings made; else note the settings there."""
+    path = Path(args.out) / "settings.json"
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
+    before = load(path)
+    if before is not None and before != settings:
+        changed = ", ".join(f"--{name.replace('_', '-')} {before.get(name)} (now {settings.get(name)})"
+                            for name in sorted(before.keys() | settings.keys()) if before.get(name) != settings.get(name))
+        fail(f"{args.out} holds a run with {changed}: choose another --out, or those settings")
+    save(path, json.dumps(settings, indent=1))
+
+
+def run(args):
+    """All steps of the method, and what they give: the dict that `main` returns and results.json holds."""
+    if rank() == 0:
+        check_settings(args)
+    say("settings  " + "  ".join(f"{name}={value}" for name, value in vars(args).items()))
+    if rank() == 0:  # downloads, if it must, before the others look
+        data = load_data(args.dataset, args.data_dir, args.image_size, args.seed, args.device)
+    share(None)
+    data = data if rank() == 0 else load_data(args.dataset, args.data_dir, args.image_size, args.seed, args.device)
+    labels = data.splits["test"][1].cpu()
+    say("data      " + "  ".join(f"{name} {len(y)}" for name, (_, y) in data.splits.items()) + f"  classes {len(data.classes)}\n")
+
+    net = build((args.seed, "supernet"), *supernet_shape(data, args), device=args.device)
+    base_p, base_log = base_search("base", net, data, args)
+    base = genotype_of(base_p)
+    describe("base", base)
+    hyper, target, hyper_log = train_hypernetwork(net, base_p, data, args)
+    response = lambda_response(hyper, target, args.lambda_max)
+    print_response(response)
+
+    members = sample(hyper, target, sample_lambdas(args.samples, args.lambda_max))
+    distinct = len({json.dumps(member["genotype"]) for member in members})
+    say(f"\n{len(members)} architectures sampled, {distinct} of them distinct")
+    for i, member in enumerate(members):
+        describe(f"{i}: lambda {member['lambda']:.3f}", member["genotype"])
+    start = time.time()
+    one_shot_probs = torch.stack([one_shot(net, member["genotype"], data, args) for member in members])
+    one_shot_seconds = time.time() - start
+    records = train_members([(member["genotype"], i) for i, member in enumerate(members)], data, args)
+    probs = torch.stack([record["test"] for record in records])
+    for member, record, shot in zip(members, records, one_shot_probs):
+        member.update(file=f"members/{record['name']}.pt", seconds=record["seconds"],
+                      one_shot=member_metrics(shot, labels), test=member_metrics(record["test"], labels))
+    results = {
+        "settings": vars(args),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__},
+        "seconds": {"base": base_log["seconds"], "hypernetwork": hyper_log["seconds"], "one_shot": one_shot_seconds,
+                    "members": sum(record["seconds"] for record in records)},
+        "base": {"genotype": base, "operations": count_operations(base)},
+        "lambda_response": response, "distinct": distinct, "members": members,
+        "one_shot": ensemble_metrics(one_shot_probs, labels), "ensemble": ensemble_metrics(probs, labels),
+    }
+    if rank() == 0:
+        save(Path(args.out) / "results.json", json.dumps(results, indent=1))
+        save_pictures(args.out, base, members, response, args.lambda_max, probs, labels)
+        print_members(results)
+        say(f"\neverything is in {args.out}")
+    return results
+
+
+def describe(name, genotype):
+    """A genotype in words: the operations' counts, then each node's two inputs."""
+    say(f"\n{name}: " + ", ".join(f"{count} {op}" for op, count in count_operations(genotype).items()))
+    for kind in KINDS:
+        nodes = [" + ".join(f"{op}({('c[k-2]', 'c[k-1]', 'node 0', 'node 1', 'node 2')[s]})" for op, s in genotype[kind][2 * n:2 * n + 2])
+                 for n in range(NODES)]
+        say("\n".join(f"  {kind:<10}node {n} = {text}" for n, text in enumerate(nodes)))
+
+
+def print_response(response):
+    say(f"\nlambda   JSd/ln 2   edges of 28 (chance {CHANCE_EDGES:.0f})   entries of 16 (chance {CHANCE_ENTRIES:.1f})")
+    for point in response["points"]:
+        say("{lambda:6.2f} {jsd:10.3f} {matched_edges:13d} {matched_entries:25d}".format(**point))
+    say("Spearman {spearman:.3f}, calibration error {calibration_error:.3f}".format(**response))
+
+
+def print_members(results):
+    say("\nmember  lambda  edges/28  entries/16  JSd/ln 2  one-shot, %  trained, %    NLL  Brier    ECE")
+    row = "{:<8}{:>6}{:>10}{:>12}{:>10}{:>13.2f}{:>12.2f}{:>7.3f}{:>7.3f}{:>7.3f}"
+    for i, m in enumerate(results["members"]):
+        say(row.format(i, f"{m['lambda']:.3f}", m["matched_edges"], m["matched_entries"], f"{m['jsd']:.3f}",
+                       100 * m["one_shot"]["accuracy"], *scores(m["test"])))
+    say(row.format("ensemble", "", "", "", "", 100 * results["one_shot"]["accuracy"], *scores(results["ensemble"])))
+    say("oracle {:.2f} %, disagreement {:.2f} %, predictive JSd {:.4f} nats".format(
+        *(k * results["ensemble"][name] for k, name in ((100, "oracle_accuracy"), (100, "disagreement"), (1, "predictive_jsd")))))
+
+
+def scores(metrics):
+    return 100 * metrics["accuracy"], metrics["nll"], metrics["brier"], metrics["ece"]
+
+
+def main(argv=None):
+    """The program: parse the flags, run the method, return the results (the content of results.json)."""
+    args = parse(argv)
+    set_up(args)
+    try:
+        return run(args)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nnes.py: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130)
