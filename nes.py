@@ -15,14 +15,14 @@ Letters for shapes: B batch, C channels, H and W height and width, O = 7 operati
 cell, K pivots, M members, N points, Y classes. alpha is always (2, E, O): the normal cell, the reduction cell.
 """
 import argparse
+import csv
 import ctypes
-import gzip
 import hashlib
+import io
 import json
 import math
 import os
 import platform
-import struct
 import sys
 import time
 from datetime import timedelta
@@ -95,6 +95,7 @@ def log_row(name, done, total, seconds, text):
 # One set for two of these purposes would flatter the result.
 
 SHARES = {"weights": 0.45, "architecture": 0.45, "selection": 0.10}
+TORCHVISION = {"fmnist": torchvision.datasets.FashionMNIST, "cifar10": torchvision.datasets.CIFAR10}
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -112,10 +113,8 @@ def load_data(dataset, data_dir, image_size, seed, device="cpu"):
     """
     if dataset == "toy":
         train, test, classes = toy(2400, rng("toy", "train")), toy(600, rng("toy", "test")), TOY_CLASSES
-    elif dataset == "fmnist":
-        train, test, classes = read_fashion_mnist(data_dir)
-    elif dataset == "cifar10":
-        (train, classes), (test, _) = read_torchvision(torchvision.datasets.CIFAR10, data_dir)
+    elif dataset in TORCHVISION:
+        (train, classes), (test, _) = read_torchvision(TORCHVISION[dataset], data_dir)
     else:
         train, test, classes = read_folder(Path(dataset), image_size)
     images, labels = train
@@ -132,43 +131,30 @@ def load_data(dataset, data_dir, image_size, seed, device="cpu"):
 
 
 def read_torchvision(dataset_class, root):
-    """Both parts of a torchvision data set from `root`, downloaded if it is not there."""
-    parts = []
-    for train in (True, False):
-        try:
+    """Both parts of a torchvision data set, as ((images (N, C, H, W), labels), class names) each.
+
+    From `root`; else, for Fashion-MNIST, from Debian's package dataset-fashion-mnist; else downloaded to `root`.
+    """
+    raw, parts = Path(root) / "FashionMNIST" / "raw", []
+    try:
+        if dataset_class is torchvision.datasets.FashionMNIST and DEBIAN_FASHION_MNIST.exists() and not raw.exists():
+            unpacked = raw.with_name(f"raw.{os.getpid()}.part")
+            unpacked.mkdir(parents=True)
+            for archive in DEBIAN_FASHION_MNIST.glob("*.gz"):
+                torchvision.datasets.utils.extract_archive(str(archive), str(unpacked))
+            unpacked.rename(raw)
+        for train in (True, False):
             try:
                 part = dataset_class(root, train=train)
             except RuntimeError:  # torchvision's word for "not there"
                 part = dataset_class(root, train=train, download=True)
-        except Exception as error:  # no network, no room, or whatever a damaged file raises
-            fail(f"cannot read or download {dataset_class.__name__} in {root} ({type(error).__name__}: {error}): "
-                 "check the network, or delete the damaged files there, or name the right folder with --data-dir")
-        images = torch.as_tensor(part.data)  # (N, H, W) or (N, H, W, C)
-        images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
-        parts.append(((images.contiguous(), torch.as_tensor(part.targets)), part.classes))
+            images = torch.as_tensor(part.data)
+            images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
+            parts.append(((images, torch.as_tensor(part.targets)), part.classes))
+    except Exception as error:  # no network, no room, or whatever a damaged file raises
+        fail(f"cannot read or download {dataset_class.__name__} in {root} ({type(error).__name__}: {error}): check "
+             "the network, or delete the damaged files there, or name the right folder with --data-dir")
     return parts
-
-
-def read_fashion_mnist(root):
-    """Fashion-MNIST from `root`, else from Debian's package dataset-fashion-mnist, else downloaded to `root`."""
-    here = (Path(root) / "FashionMNIST" / "raw").exists()
-    if here or not DEBIAN_FASHION_MNIST.exists():
-        (train, classes), (test, _) = read_torchvision(torchvision.datasets.FashionMNIST, root)
-        return train, test, classes
-    train, test = [(read_idx(f"{part}-images-idx3-ubyte.gz").unsqueeze(1), read_idx(f"{part}-labels-idx1-ubyte.gz").long())
-                   for part in ("train", "t10k")]
-    return train, test, torchvision.datasets.FashionMNIST.classes
-
-
-def read_idx(name):
-    """One gzipped IDX file: two zero bytes, a type, the number of sizes, the sizes (big-endian), the data."""
-    path = DEBIAN_FASHION_MNIST / name
-    try:
-        raw = bytearray(gzip.open(path).read())
-        start = 4 + 4 * raw[3]
-        return torch.frombuffer(raw, dtype=torch.uint8, offset=start).view(struct.unpack(f">{raw[3]}i", raw[4:start]))
-    except (OSError, EOFError, RuntimeError, IndexError, ValueError, struct.error) as error:
-        fail(f"{path} is missing or damaged ({error}): install dataset-fashion-mnist again, or use --data-dir")
 
 
 def read_folder(root, size):
@@ -581,12 +567,12 @@ def jensen_shannon(p, q):
 def smooth(p, tau):
     """The base architecture as distributions: alpha* = (1 - tau) onehot(argmax p) + tau / O on each edge.
 
-    p: (2, E, O), softmax(alpha). Departure from the paper: an edge that the genotype drops gets 2 tau. With one tau
-    all edges would be equally strong, and which of them to keep, half of the genotype, would be forgotten.
+    p: (2, E, O), softmax(alpha). Departure from the paper: an edge that the genotype drops gets tau + 0.25. With one
+    tau all edges would be equally strong, and which of them to keep, half of the genotype, would be forgotten.
     """
     genotype = genotype_of(p)
     kept = torch.tensor([[bool(names) for names in edge_operations(genotype[kind])] for kind in KINDS])
-    tau = torch.where(kept, tau, 2 * tau).unsqueeze(-1).to(p.device)                       # (2, E, 1)
+    tau = torch.where(kept, tau, tau + 0.25).unsqueeze(-1).to(p.device)                      # (2, E, 1)
     return (1 - tau) * F.one_hot(p.argmax(dim=-1), p.shape[-1]) + tau / p.shape[-1]
 
 
@@ -733,32 +719,35 @@ def one_shot(net, genotype, data, args):
     return predict(net, data, "test", genotype)
 
 
-def build(key, *shape, device):
-    """A Network whose initial weights depend on `key` alone."""
+def build(key, data, channels, cells, genotype=None):
+    """A Network for a data set, on its device, whose initial weights depend on `key` alone."""
     torch.manual_seed(rng(*key).initial_seed())
-    return Network(*shape).to(device, memory_format=torch.channels_last)
+    images = data.splits["test"][0]
+    net = Network(images.shape[1], len(data.classes), channels, cells, genotype)
+    return net.to(images.device, memory_format=torch.channels_last)
 
 
 def train_member(genotype, index, data, args, path):
-    """Train one discrete network from scratch on the weights and architecture splits, resumably.
+    """Train one discrete network from scratch on the "train" split, resumably; one recipe for every method.
 
-    index: numbers the networks of one genotype: each has its own initial weights and batches. One recipe for all methods:
-    SGD, the learning rate rising over the first fifth of the steps and falling to zero over the rest.
-    The last epoch's weights are kept, no maximum over epochs. Returns the finished record (see `load_member`).
+    index: numbers the networks of one genotype, which differ in initial weights and batches. SGD, its learning rate
+    rising over the first fifth of the steps and falling to zero over the rest; the last weights are kept, there is no
+    maximum over epochs. Returns the finished record: genotype, index, seconds, net (the weights), network (what
+    `load_member` needs), and the probabilities (N, Y) on "selection" and "test".
     """
-    state = load(path) or {"genotype": genotype, "index": index, "step": 0, "seconds": 0.0}
-    if "test" in state:
-        return state
+    record = load(path) or {"genotype": genotype, "index": index, "step": 0, "seconds": 0.0}
+    if "test" in record:
+        return record
     key = (args.seed, "member", index)
-    net = build(key, *member_shape(data, args), genotype, device=args.device)
+    net = build(key, data, args.channels, args.cells, genotype)
     optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, nesterov=True)
-    if state["step"]:
-        net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
+    if record["step"]:
+        net.load_state_dict(record["net"])
+        optimizer.load_state_dict(record["optimizer"])
     steps = max(1, args.epochs * len(data.splits["train"][1]) // args.batch)
-    start, total = time.time() - state["seconds"], 0.0
+    start, total = time.time() - record["seconds"], 0.0
     net.train()
-    for step in range(state["step"], steps):
+    for step in range(record["step"], steps):
         progress = step / steps
         optimizer.param_groups[0]["lr"] = args.lr * min(progress / 0.2 + 0.01, (1 - progress) / 0.8)
         x, y = draw_batch(data, "train", args.batch, step, key, args.crop, args.mirror)
@@ -768,41 +757,43 @@ def train_member(genotype, index, data, args, path):
         optimizer.step()
         total += loss.item()
         if (step + 1) % args.log_every == 0 or step + 1 == steps:
-            if not math.isfinite(total):
-                fail(f"the loss of member {path.stem} is not a number after step {step + 1}: lower --lr; what was "
-                     "saved before is kept")
-            log_row(path.stem, step + 1, steps, time.time() - start,
-                    f"train {total / (step + 1 - state['step']):.3f}")
-            state.update(step=step + 1, seconds=time.time() - start, net=net.state_dict(), optimizer=optimizer.state_dict())
-            save(path, state)
-            total = 0.0
-    del state["optimizer"]
-    state.update({split: predict(net, data, split) for split in ("selection", "test")})
-    save(path, state)
-    return state
+            mean, total = total / (step + 1 - record["step"]), 0.0
+            if not math.isfinite(mean):
+                fail(f"the loss of {path.stem} is not a number at step {step + 1}: lower --lr, in another --out")
+            record.update(step=step + 1, seconds=time.time() - start, net=net.state_dict(),
+                          optimizer=optimizer.state_dict())
+            log_row(path.stem, step + 1, steps, record["seconds"], f"train {mean:.3f}")
+            save(path, record)
+    del record["optimizer"]
+    record.update(network=[x.shape[1], len(data.classes), args.channels, args.cells, genotype],
+                  **{split: predict(net, data, split) for split in ("selection", "test")})
+    save(path, record)
+    return record
 
 
-def load_member(path, C_in, classes, channels, cells):
-    """A trained member from its checkpoint, ready to predict: the genotype and the weights are in the file."""
-    state = load(Path(path))
-    net = Network(C_in, classes, channels, cells, state["genotype"])
-    net.load_state_dict(state["net"])
+def load_member(path):
+    """A trained member (a Network, ready to predict) from its checkpoint."""
+    record = load(Path(path))
+    net = Network(*record["network"])
+    net.load_state_dict(record["net"])
     return net.eval()
 
 
 def train_members(jobs, data, args):
-    """Train the networks `jobs`, pairs (genotype, index), each distinct one once; deal them out among the processes.
+    """Train the networks `jobs`, pairs (genotype, index), each distinct one once, dealt out among the processes.
 
-    Returns their records in the order of jobs. A record's file is named by its genotype and index, so methods and later
-    runs that ask for the same network share it.
+    Returns their records in the order of jobs, without weights. A network's file is named by its genotype and
+    index: methods that ask for the same network share it, and so does a later run with more samples.
     """
     names = [f"{hashlib.sha256(json.dumps(genotype).encode()).hexdigest()[:8]}-{index}" for genotype, index in jobs]
-    distinct = sorted(dict(zip(names, jobs)).items(), key=lambda item: names.index(item[0]))
-    records = {name: {"name": name, **train_member(*job, data, args, Path(args.out) / "members" / f"{name}.pt")}
-               for name, job in distinct[rank()::world()]}
-    for record in records.values():
-        del record["net"]
-    records = {name: record for part in gather(records) for name, record in part.items()}
+    distinct, records = list(dict(zip(names, jobs)).items()), {}
+    for i in range(rank(), len(distinct), world()):
+        name, job = distinct[i]
+        say(f"network {i + 1} of {len(distinct)}")
+        record = train_member(*job, data, args, Path(args.out) / "members" / f"{name}.pt")
+        records[name] = {"file": f"members/{name}.pt", **{k: v for k, v in record.items() if k != "net"}}
+    for part in gather(records):
+        records.update(part)
     return [records[name] for name in names]
 
 
@@ -907,23 +898,68 @@ BASELINES = {
 }
 
 
-def baseline_jobs(name, base, members, data, args):
-    """The networks (genotype, index) of a baseline and the seconds its searches took, beyond the base search."""
+def baseline_jobs(name, base, base_seconds, members, data, args):
+    """The networks (genotype, index) that a baseline trains, and the seconds of its searches."""
     M, seed = len(members), args.seed
     if name == "deep":
-        return [(base, i) for i in range(M)], 0.0
+        return [(base, i) for i in range(M)], base_seconds
     if name == "perturbed":
         return [(perturb(base, 16 - member["matched_entries"], seed, "perturbed", i), i)
-                for i, member in enumerate(members)], 0.0
+                for i, member in enumerate(members)], base_seconds
     if name in ("random", "nes-rs"):
         return [(random_genotype(seed, "random", i), i) for i in range(M if name == "random" else 2 * M)], 0.0
-    jobs, seconds = [(base, 0)], 0.0
+    jobs, seconds = [(base, 0)], base_seconds
     for i in range(1, M):
-        net = build((seed, f"base-{i}"), *supernet_shape(data, args), device=args.device)
+        net = build((seed, f"base-{i}"), data, args.search_channels, args.search_cells)
         p, log = base_search(f"base-{i}", net, data, args)
         jobs.append((genotype_of(p), i))
         seconds += log["seconds"]
     return jobs, seconds
+
+
+COLUMNS = {"accuracy": ("accuracy, %", 100, 2), "nll": ("NLL", 1, 4), "brier": ("Brier", 1, 4), "ece": ("ECE", 1, 4),
+           "oracle_accuracy": ("oracle, %", 100, 2), "disagreement": ("disagree, %", 100, 2),
+           "predictive_jsd": ("pred. JSd", 1, 4), "member_mean": ("mean member, %", 100, 2),
+           "member_best": ("best member, %", 100, 2), "networks": ("networks", 1, 0),
+           "search_seconds": ("search, s", 1, 0), "training_seconds": ("training, s", 1, 0)}
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t, 1 to 10 degrees of freedom
+
+
+def mean_std(values, scale=1, digits=2):
+    values = scale * torch.tensor(values, dtype=torch.double)
+    spread = f" +- {values.std():.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{spread}"
+
+
+def comparison(runs):
+    """All methods side by side, mean +- standard deviation over the runs (one a seed), as a Markdown table."""
+    methods = [name for name in runs[0]["methods"] if all(name in run["methods"] for run in runs)]
+    rows = [["method", *(title for title, _, _ in COLUMNS.values())], ["---"] * (len(COLUMNS) + 1)]
+    for name in methods:
+        scored = [run["methods"][name] for run in runs]
+        rows.append([name, *(mean_std([s[key] for s in scored], scale, digits) if key in scored[0] else ""
+                             for key, (_, scale, digits) in COLUMNS.items())])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def report(folders):
+    """`comparison` of finished runs, and each method's paired differences to "deep" and "perturbed" in points of accuracy
+    and in NLL: mean over the seeds and the 95 % interval of Student's t. Trains nothing."""
+    runs = [load(Path(folder) / "results.json") or fail(f"{folder} holds no results.json: finish that run first")
+            for folder in folders]
+    lines = [comparison(runs)]
+    for other in ("deep", "perturbed"):
+        rows = ["", f"| minus {other} | accuracy, points | NLL |", "| --- | --- | --- |"]
+        for name in runs[0]["methods"]:
+            cells = []
+            for key, scale, digits in (("accuracy", 100, 2), ("nll", 1, 4)):
+                if all({name, other} <= run["methods"].keys() for run in runs) and 1 < len(runs) < 12 and name != other:
+                    d = scale * torch.tensor([run["methods"][name][key] - run["methods"][other][key] for run in runs])
+                    half = T_975[len(runs) - 2] * d.std().item() / math.sqrt(len(runs))
+                    cells.append(f"{d.mean():+.{digits}f} [{d.mean() - half:+.{digits}f}, {d.mean() + half:+.{digits}f}]")
+            rows += [f"| {name} | {' | '.join(cells)} |"] if cells else []
+        lines += rows if len(rows) > 3 else []
+    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -931,17 +967,20 @@ def baseline_jobs(name, base, members, data, args):
 # ----------------------------------------------------------------------------------------------------------
 
 def draw_cell(axis, entries, base=(), title=""):
-    """A cell as a graph: the two inputs, the four nodes, an arrow for each entry; those not in `base` in orange."""
+    """A cell as a staircase: inputs and nodes on the diagonal; an entry runs right from its source, then down to its node.
+
+    Entries that are not in `base` are orange.
+    """
+    for i, (name, source) in enumerate(entries):
+        node = i // 2 + 2
+        color = "tab:orange" if base and [name, source] not in base[2 * (i // 2):2 * (i // 2) + 2] else "tab:blue"
+        axis.annotate("", (node, -node), (source, -source), zorder=1, arrowprops={
+            "arrowstyle": "-|>", "color": color, "shrinkA": 0, "shrinkB": 9, "connectionstyle": "angle,angleA=0,angleB=90"})
+        axis.text(node, -source, " ".join(name.split("_")[:-1]) + "\n" + name.split("_")[-1], ha="center", va="center",
+                  color=color, fontsize=7, bbox={"boxstyle": "square,pad=0.15", "fc": "white", "ec": color})
     for node, label in enumerate(["c[k-2]", "c[k-1]", "0", "1", "2", "3"]):
-        axis.text(node, 0, label, ha="center", va="center", bbox={"boxstyle": "round", "fc": "white"}, zorder=3)
-    for i, entry in enumerate(entries):
-        (name, source), node, side = entry, i // 2 + 2, (-1) ** i
-        color = "tab:orange" if base and entry not in base[i // 2 * 2:i // 2 * 2 + 2] else "tab:blue"
-        axis.annotate("", (node, 0), (source, 0), arrowprops={
-            "arrowstyle": "-|>", "color": color, "shrinkA": 12, "shrinkB": 12, "connectionstyle": f"arc3,rad={-0.5 * side}"})
-        axis.text((node + source) / 2, 0.27 * side * (node - source), name, ha="center", va="center", color=color,
-                  fontsize=7, bbox={"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none"})
-    axis.set(xlim=(-0.6, 5.6), ylim=(-1.5, 1.5), aspect="equal", title=title)
+        axis.text(node, -node, label, ha="center", va="center", bbox={"boxstyle": "round", "fc": "lightgrey"}, zorder=3)
+    axis.set(xlim=(-0.5, 5.6), ylim=(-5.4, 0.5), title=title)
     axis.axis("off")
 
 
@@ -1037,14 +1076,6 @@ def average_gradients(parameters):
         g.copy_(part.view_as(g) / world())
 
 
-def supernet_shape(data, args):
-    return data.splits["test"][0].shape[1], len(data.classes), args.search_channels, args.search_cells
-
-
-def member_shape(data, args):
-    return data.splits["test"][0].shape[1], len(data.classes), args.channels, args.cells
-
-
 TOY_DEFAULTS = {"base_steps": 60, "hyper_steps": 300, "epochs": 8, "channels": 8, "cells": 2, "log_every": 50, "batch": 64}
 FREE_TO_CHANGE = {"samples", "out", "data_dir", "device", "baselines", "log_every", "report"}  # within one run folder
 
@@ -1067,6 +1098,7 @@ def parse(argv=None):
     group.add_argument("--samples", type=number(int, 1), default=5, help="members of the ensemble")
     group.add_argument("--baselines", nargs="*", choices=["all", *BASELINES], default=[],
                        help="other ensemble searches to run beside it: " + "; ".join(f"{k}: {v}" for k, v in BASELINES.items()))
+    group.add_argument("--report", nargs="+", metavar="RUN", help="only print the comparison of these finished run folders")
     group.add_argument("--seed", type=int, default=0, help="of everything random")
     group.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: the first of cuda, mps, cpu that is there")
     group.add_argument("--out", default=None, help="run folder (default: runs/<dataset>-<objective>-<seed>)")
@@ -1148,21 +1180,21 @@ def check_settings(args):
 
 
 def run(args):
-    """All steps of the method, and what they give: the dict that `main` returns and results.json holds."""
+    """All steps of the method in turn; returns what `main` returns and results.json holds."""
     if rank() == 0:
         check_settings(args)
-    say("settings  " + "  ".join(f"{name}={value}" for name, value in vars(args).items()))
-    if rank() == 0:  # downloads, if it must, before the others look
-        data = load_data(args.dataset, args.data_dir, args.image_size, args.seed, args.device)
-    share(None)
-    data = data if rank() == 0 else load_data(args.dataset, args.data_dir, args.image_size, args.seed, args.device)
-    labels = data.splits["test"][1].cpu()
-    say("data      " + "  ".join(f"{name} {len(y)}" for name, (_, y) in data.splits.items()) + f"  classes {len(data.classes)}\n")
+    say("settings: " + "  ".join(f"{name}={value}" for name, value in vars(args).items()))
+    for turn in range(2):  # process 0 first: it downloads, if it must, and the others find the files
+        if turn == min(rank(), 1):
+            data = load_data(args.dataset, args.data_dir, args.image_size, args.seed, args.device)
+        share(None)
+    labels = {split: data.splits[split][1].cpu() for split in ("selection", "test")}
+    say("data: " + "  ".join(f"{name} {len(y)}" for name, (_, y) in data.splits.items()))
 
-    net = build((args.seed, "supernet"), *supernet_shape(data, args), device=args.device)
+    net = build((args.seed, "base"), data, args.search_channels, args.search_cells)
     base_p, base_log = base_search("base", net, data, args)
     base = genotype_of(base_p)
-    describe("base", base)
+    print_cells("base", base)
     hyper, target, hyper_log = train_hypernetwork(net, base_p, data, args)
     response = lambda_response(hyper, target, args.lambda_max)
     print_response(response)
@@ -1170,67 +1202,116 @@ def run(args):
     members = sample(hyper, target, sample_lambdas(args.samples, args.lambda_max))
     distinct = len({json.dumps(member["genotype"]) for member in members})
     say(f"\n{len(members)} architectures sampled, {distinct} of them distinct")
-    for i, member in enumerate(members):
-        describe(f"{i}: lambda {member['lambda']:.3f}", member["genotype"])
+    for member in members:
+        print_cells("lambda {lambda:.3f}".format(**member), member["genotype"])
     start = time.time()
-    one_shot_probs = torch.stack([one_shot(net, member["genotype"], data, args) for member in members])
+    shots = torch.stack([one_shot(net, member["genotype"], data, args) for member in members])
     one_shot_seconds = time.time() - start
-    records = train_members([(member["genotype"], i) for i, member in enumerate(members)], data, args)
-    probs = torch.stack([record["test"] for record in records])
-    for member, record, shot in zip(members, records, one_shot_probs):
-        member.update(file=f"members/{record['name']}.pt", seconds=record["seconds"],
-                      one_shot=member_metrics(shot, labels), test=member_metrics(record["test"], labels))
+
+    jobs = {"ours": [(member["genotype"], i) for i, member in enumerate(members)]}
+    search_seconds = {"ours": base_log["seconds"] + hyper_log["seconds"]}
+    for name in args.baselines:
+        jobs[name], search_seconds[name] = baseline_jobs(name, base, base_log["seconds"], members, data, args)
+    trained = iter(train_members([job for method in jobs.values() for job in method], data, args))
+    records = {name: [next(trained) for _ in method] for name, method in jobs.items()}
+
+    for member, record, shot in zip(members, records["ours"], shots):
+        member.update(file=record["file"], one_shot=member_metrics(shot, labels["test"]),
+                      test=member_metrics(record["test"], labels["test"]))
+    methods = {"one-shot": {**ensemble_metrics(shots, labels["test"]), "networks": 0, "training_seconds": 0.0,
+                            "search_seconds": search_seconds["ours"]}}
+    for name in records:
+        methods[name] = summary(name, records[name], search_seconds[name], labels, args.samples)
+    if "deep" in records:
+        methods = {"single": summary("single", records["deep"][:1], base_log["seconds"], labels, 1), **methods}
     results = {
         "settings": vars(args),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__},
         "seconds": {"base": base_log["seconds"], "hypernetwork": hyper_log["seconds"], "one_shot": one_shot_seconds,
-                    "members": sum(record["seconds"] for record in records)},
+                    "members": methods["ours"]["training_seconds"]},
         "base": {"genotype": base, "operations": count_operations(base)},
         "lambda_response": response, "distinct": distinct, "members": members,
-        "one_shot": ensemble_metrics(one_shot_probs, labels), "ensemble": ensemble_metrics(probs, labels),
+        "one_shot": ensemble_metrics(shots, labels["test"]),
+        "ensemble": ensemble_metrics(torch.stack([r["test"] for r in records["ours"]]), labels["test"]),
+        "methods": methods,
     }
     if rank() == 0:
         save(Path(args.out) / "results.json", json.dumps(results, indent=1))
-        save_pictures(args.out, base, members, response, args.lambda_max, probs, labels)
-        print_members(results)
-        say(f"\neverything is in {args.out}")
+        save(Path(args.out) / "ledger.csv", ledger(args, members, records, labels["test"]))
+        save_pictures(args.out, base, members, response, args.lambda_max,
+                      torch.stack([r["test"] for r in records["ours"]]), labels["test"])
+    print_results(results)
+    say(f"\neverything is in {args.out}")
     return results
 
 
-def describe(name, genotype):
-    """A genotype in words: the operations' counts, then each node's two inputs."""
+def summary(name, records, search_seconds, labels, count):
+    """A method's row of the comparison: the ensemble's metrics, its members', and what it cost."""
+    costs = {"networks": len(records), "search_seconds": search_seconds,
+             "training_seconds": sum(record["seconds"] for record in records)}
+    if name == "nes-rs":
+        pool = torch.stack([record["selection"] for record in records])
+        records = [records[i] for i in forward_selection(pool, labels["selection"], count)]
+    probs = torch.stack([record["test"] for record in records])
+    accuracies = [member_metrics(p, labels["test"])["accuracy"] for p in probs]
+    return {**ensemble_metrics(probs, labels["test"]), "member_mean": sum(accuracies) / len(accuracies),
+            "member_best": max(accuracies), **costs}
+
+
+def ledger(args, members, records, labels):
+    """One CSV row for each trained network and method that uses it."""
+    rows = []
+    for method, networks in records.items():
+        for i, record in enumerate(networks):
+            rows.append({"dataset": args.dataset, "seed": args.seed, "method": method, "index": i,
+                         "lambda": members[i]["lambda"] if method == "ours" else "", "seconds": record["seconds"],
+                         **member_metrics(record["test"], labels), "file": record["file"],
+                         "genotype": json.dumps(record["genotype"])})
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+# ---- what is printed
+
+def print_cells(name, genotype):
+    """A genotype in words: its operations' counts, then each node as the sum of its two inputs."""
     say(f"\n{name}: " + ", ".join(f"{count} {op}" for op, count in count_operations(genotype).items()))
+    sources = ("c[k-2]", "c[k-1]", "node 0", "node 1", "node 2")
     for kind in KINDS:
-        nodes = [" + ".join(f"{op}({('c[k-2]', 'c[k-1]', 'node 0', 'node 1', 'node 2')[s]})" for op, s in genotype[kind][2 * n:2 * n + 2])
-                 for n in range(NODES)]
-        say("\n".join(f"  {kind:<10}node {n} = {text}" for n, text in enumerate(nodes)))
+        for node in range(NODES):
+            terms = [f"{op}({sources[source]})" for op, source in genotype[kind][2 * node:2 * node + 2]]
+            say(f"  {kind:<9} node {node} = {' + '.join(terms)}")
 
 
 def print_response(response):
-    say(f"\nlambda   JSd/ln 2   edges of 28 (chance {CHANCE_EDGES:.0f})   entries of 16 (chance {CHANCE_ENTRIES:.1f})")
+    say(f"\nlambda  JSd/ln 2  edges of 28 (chance {CHANCE_EDGES:.0f})  entries of 16 (chance {CHANCE_ENTRIES:.1f})  operations")
     for point in response["points"]:
-        say("{lambda:6.2f} {jsd:10.3f} {matched_edges:13d} {matched_entries:25d}".format(**point))
-    say("Spearman {spearman:.3f}, calibration error {calibration_error:.3f}".format(**response))
+        counts = " ".join(f"{n} {op.replace('_', ' ')}," for op, n in count_operations(point["genotype"]).items())
+        say("{lambda:6.2f}{jsd:10.3f}{matched_edges:12d}{matched_entries:25d}".format(**point) + " " * 17 + counts[:-1])
+    say("Spearman's correlation of lambda and matched edges {spearman:.3f}, calibration error {calibration_error:.3f}"
+        .format(**response))
 
 
-def print_members(results):
-    say("\nmember  lambda  edges/28  entries/16  JSd/ln 2  one-shot, %  trained, %    NLL  Brier    ECE")
-    row = "{:<8}{:>6}{:>10}{:>12}{:>10}{:>13.2f}{:>12.2f}{:>7.3f}{:>7.3f}{:>7.3f}"
-    for i, m in enumerate(results["members"]):
-        say(row.format(i, f"{m['lambda']:.3f}", m["matched_edges"], m["matched_entries"], f"{m['jsd']:.3f}",
-                       100 * m["one_shot"]["accuracy"], *scores(m["test"])))
-    say(row.format("ensemble", "", "", "", "", 100 * results["one_shot"]["accuracy"], *scores(results["ensemble"])))
-    say("oracle {:.2f} %, disagreement {:.2f} %, predictive JSd {:.4f} nats".format(
-        *(k * results["ensemble"][name] for k, name in ((100, "oracle_accuracy"), (100, "disagreement"), (1, "predictive_jsd")))))
-
-
-def scores(metrics):
-    return 100 * metrics["accuracy"], metrics["nll"], metrics["brier"], metrics["ece"]
+def print_results(results):
+    say("\n member  lambda  edges  entries  JSd/ln 2  one-shot, %  trained, %     NLL   Brier     ECE")
+    tail = lambda shot, test: (f"{100 * shot['accuracy']:13.2f}{100 * test['accuracy']:12.2f}{test['nll']:8.4f}"
+                               f"{test['brier']:8.4f}{test['ece']:8.4f}")
+    for i, member in enumerate(results["members"]):
+        say(f"{i:7d}" + "{lambda:8.3f}{matched_edges:7d}{matched_entries:9d}{jsd:10.3f}".format(**member)
+            + tail(member["one_shot"], member["test"]))
+    say(f"{'ensemble':<41}" + tail(results["one_shot"], results["ensemble"]))
+    say("\n" + comparison([results]))
 
 
 def main(argv=None):
     """The program: parse the flags, run the method, return the results (the content of results.json)."""
     args = parse(argv)
+    if args.report:
+        print(report(args.report))
+        return None
     set_up(args)
     try:
         return run(args)
