@@ -291,8 +291,11 @@ class FactorizedReduce(nn.Module):
         self.norm = nn.BatchNorm2d(C, affine=affine)
 
     def forward(self, x):
-        shifted = F.pad(x, (-1, 1, -1, 1))  # keeps H and W, so that odd sizes work
-        return self.norm(torch.cat([self.even(x), self.odd(shifted)], dim=1))
+        # As one dense 2x2 convolution whose kernel holds the first in its upper left corner and the second in its
+        # lower right: several times faster than two sparse ones on a CPU.
+        kernel = torch.cat([F.pad(self.even.weight, (0, 1, 0, 1)), F.pad(self.odd.weight, (1, 0, 1, 0))])
+        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+        return self.norm(F.conv2d(x, kernel, stride=2))
 
 
 def separable(C, taps, stride, affine, dilation=1):
@@ -303,8 +306,8 @@ def pool(layer, C):
     return nn.Sequential(layer, nn.BatchNorm2d(C, affine=False))
 
 
-# The seven operations O of DARTS: (C, stride, affine) -> module. Those of PARAMETRIC begin with a ReLU, which is
-# not in the module: the edges that leave a node share it (see Source).
+# The seven operations O of DARTS: (C, stride, affine) -> module. The last four, and the skip that halves H and W,
+# begin with a ReLU, which is not in the module: the edges that leave a node share it (see Source).
 OPERATIONS = {
     "max_pool_3x3": lambda C, stride, affine: pool(nn.MaxPool2d(3, stride, 1), C),
     "avg_pool_3x3": lambda C, stride, affine: pool(nn.AvgPool2d(3, stride, 1, count_include_pad=False), C),
@@ -317,7 +320,6 @@ OPERATIONS = {
     "dil_conv_5x5": lambda C, stride, affine: nn.Sequential(*separable(C, 5, stride, affine, dilation=2)),
 }
 NAMES = list(OPERATIONS)
-PARAMETRIC = NAMES[3:]
 NODES = 4                                                                        # intermediate nodes of a cell
 EDGES = [(source, node) for node in range(NODES) for source in range(node + 2)]  # sources 0, 1 are the inputs
 KINDS = ("normal", "reduction")
@@ -355,7 +357,7 @@ class MixedOp(nn.Module):
             if "pool" in name:  # has no parameters, so any edge's own computes it for all edges of this source
                 y = source.apply((name, self.stride), op)
             else:
-                y = op(source.apply("relu", F.relu) if name in PARAMETRIC else source.x)
+                y = op(source.x if isinstance(op, nn.Identity) else source.apply("relu", F.relu))
             total = total + (y if weights is None else weights[NAMES.index(name)] * y)
         return total
 
