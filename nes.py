@@ -24,6 +24,7 @@ import math
 import os
 import platform
 import sys
+import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -69,12 +70,12 @@ def save(path, state):
 
 def load(path):
     """Read what `save` wrote; None where there is no such file."""
+    if not path.exists():
+        return None
     try:
         if path.suffix == ".pt":
             return torch.load(path, map_location="cpu", weights_only=True)
         return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
     except Exception as error:  # a damaged zip, pickle or JSON file raises almost anything
         fail(f"{path} is damaged ({type(error).__name__}): delete it and repeat the command; only what this "
              "file held is computed again")
@@ -138,11 +139,13 @@ def read_torchvision(dataset_class, root):
     raw, parts = Path(root) / "FashionMNIST" / "raw", []
     try:
         if dataset_class is torchvision.datasets.FashionMNIST and DEBIAN_FASHION_MNIST.exists() and not raw.exists():
-            unpacked = raw.with_name(f"raw.{os.getpid()}.part")
-            unpacked.mkdir(parents=True)
-            for archive in DEBIAN_FASHION_MNIST.glob("*.gz"):
-                torchvision.datasets.utils.extract_archive(str(archive), str(unpacked))
-            unpacked.rename(raw)
+            raw.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=raw.parent) as part:  # so that a kill leaves no half-unpacked file
+                (unpacked := Path(part, "raw")).mkdir()
+                for archive in DEBIAN_FASHION_MNIST.glob("*.gz"):
+                    torchvision.datasets.utils.extract_archive(str(archive), str(unpacked))
+                if not raw.exists():
+                    unpacked.rename(raw)
         for train in (True, False):
             try:
                 part = dataset_class(root, train=train)
@@ -604,7 +607,7 @@ class HyperNetwork(nn.Module):
         return torch.lerp(self.table[k], self.table[k + 1], t) / self.temperature
 
 
-def diversity_objective(p, target, lam, lambda_max, args):
+def diversity_objective(p, target, lam, args):
     """The term that pushes alpha(lambda) away from the base, to be added to L_val.
 
     p, target: (2, E, O), softmax(alpha(lambda)) and alpha*. JSd is the mean over the edges.
@@ -647,7 +650,7 @@ def train_hypernetwork(net, base, data, args):
         gumbel = -torch.empty(logits.shape).exponential_(generator=generator).log().to(logits.device)
         p = (logits + args.noise * (1 - progress) * gumbel).softmax(dim=-1)
         return (1 + p - p.detach(), genotype_of(p),
-                diversity_objective(logits.softmax(dim=-1), target, lam, args.lambda_max, args))
+                diversity_objective(logits.softmax(dim=-1), target, lam, args))
 
     log = search("hyper", net, hyper, draw, args.hyper_steps, data, args)
     hyper.temperature.fill_(args.temperature)
@@ -1183,13 +1186,13 @@ def check_settings(args):
 
 def run(args):
     """All steps of the method in turn; returns what `main` returns and results.json holds."""
-    if rank() == 0:
-        check_settings(args)
     say("settings: " + "  ".join(f"{name}={value}" for name, value in vars(args).items()))
     for turn in range(2):  # process 0 first: it downloads, if it must, and the others find the files
         if turn == min(rank(), 1):
             data = load_data(args.dataset, args.data_dir, args.image_size, args.seed, args.device)
         share(None)
+    if rank() == 0:
+        check_settings(args)
     labels = {split: data.splits[split][1].cpu() for split in ("selection", "test")}
     say("data: " + "  ".join(f"{name} {len(y)}" for name, (_, y) in data.splits.items()))
 
