@@ -719,7 +719,7 @@ def one_shot(net, genotype, data, args):
             module.reset_running_stats()
             module.momentum = None
     net.train()
-    for step in range(args.recalibration):
+    for step in range(20):
         net(draw_batch(data, "weights", 2 * args.batch, step, (args.seed, "recalibration"))[0], None, genotype)
     return predict(net, data, "test", genotype)
 
@@ -870,6 +870,15 @@ CHANCE_ENTRIES = sum(2 * 2 * 2 / (node + 2) / len(NAMES) for node in range(NODES
 # 9. Other ensemble searches: each is a list of genotypes, trained by the same function
 # ----------------------------------------------------------------------------------------------------------
 
+BASELINES = {
+    "deep": "the base genotype, trained from several initial weights (a deep ensemble)",
+    "random": "random architectures",
+    "perturbed": "the base with as many entries changed at random as the sampled member has",
+    "nes-rs": "the best of a random pool of twice the size, by forward selection on the selection split",
+    "darts": "independent DARTS searches",
+}
+
+
 def random_genotype(*key):
     """Two random inputs of each node with a random operation each: the genotype of random strengths."""
     return genotype_of(torch.rand(2, len(EDGES), len(NAMES), generator=rng(*key)))
@@ -877,7 +886,7 @@ def random_genotype(*key):
 
 def perturb(base, changes, *key):
     """The base with `changes` of its 16 entries, chosen at random, given another operation, chosen at random."""
-    genotype = json.loads(json.dumps(base))
+    genotype = json.loads(json.dumps(base))  # a copy
     entries = [entry for kind in KINDS for entry in genotype[kind]]
     for i in torch.randperm(len(entries), generator=rng(*key))[:changes].tolist():
         others = [name for name in NAMES if name != entries[i][0]]
@@ -886,21 +895,12 @@ def perturb(base, changes, *key):
 
 
 def forward_selection(probs, labels, count):
-    """NES-RS (Zaidi et al. 2021): from a pool (P, N, Y) add, one by one, the member that lowers the ensemble's NLL most."""
+    """Indices of `count` members of a pool (P, N, Y), each the one that lowers the ensemble's NLL most (Zaidi et al. 2021)."""
     chosen = []
     for _ in range(count):
         rest = [i for i in range(len(probs)) if i not in chosen]
         chosen.append(min(rest, key=lambda i: ensemble_metrics(probs[chosen + [i]], labels)["nll"]))
     return chosen
-
-
-BASELINES = {
-    "deep": "deep ensemble: the base genotype, trained from several initial weights",
-    "random": "random architectures",
-    "perturbed": "the base with as many entries changed at random as the sampled member has",
-    "nes-rs": "the best of a random pool of twice the size, by forward selection on the selection split",
-    "darts": "independent DARTS searches",
-}
 
 
 def baseline_jobs(name, base, base_seconds, members, data, args):
@@ -922,48 +922,60 @@ def baseline_jobs(name, base, base_seconds, members, data, args):
     return jobs, seconds
 
 
+def method_scores(name, records, search_seconds, labels, count):
+    """A method's row of the comparison: the ensemble's metrics, its members', and its cost. labels: split -> (N,)."""
+    cost = {"networks": len(records), "search_seconds": search_seconds,
+            "training_seconds": sum(record["seconds"] for record in records)}
+    if name == "nes-rs":
+        pool = torch.stack([record["selection"] for record in records])
+        records = [records[i] for i in forward_selection(pool, labels["selection"], count)]
+    probs = torch.stack([record["test"] for record in records])
+    accuracies = [member_metrics(p, labels["test"])["accuracy"] for p in probs]
+    return {**ensemble_metrics(probs, labels["test"]), "member_mean": sum(accuracies) / len(accuracies),
+            "member_best": max(accuracies), **cost}
+
+
+def ledger(args, members, records, labels):
+    """CSV text: a row for each trained network and method that uses it."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["dataset", "seed", "method", "index", "lambda", "seconds", "accuracy", "nll", "brier", "ece", "file", "genotype"])
+    for method, networks in records.items():
+        for i, record in enumerate(networks):
+            lam = members[i]["lambda"] if method == "ours" else ""
+            writer.writerow([args.dataset, args.seed, method, i, lam, record["seconds"],
+                             *member_metrics(record["test"], labels).values(), record["file"], json.dumps(record["genotype"])])
+    return text.getvalue()
+
+
+# name in results.json -> title, factor, digits
 COLUMNS = {"accuracy": ("accuracy, %", 100, 2), "nll": ("NLL", 1, 4), "brier": ("Brier", 1, 4), "ece": ("ECE", 1, 4),
            "oracle_accuracy": ("oracle, %", 100, 2), "disagreement": ("disagree, %", 100, 2),
            "predictive_jsd": ("pred. JSd", 1, 4), "member_mean": ("mean member, %", 100, 2),
            "member_best": ("best member, %", 100, 2), "networks": ("networks", 1, 0),
            "search_seconds": ("search, s", 1, 0), "training_seconds": ("training, s", 1, 0)}
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t, 1 to 10 degrees of freedom
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 1 to 9 degrees of freedom
 
 
-def mean_std(values, scale=1, digits=2):
-    values = scale * torch.tensor(values, dtype=torch.double)
-    spread = f" +- {values.std():.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{spread}"
-
-
-def comparison(runs):
-    """All methods side by side, mean +- standard deviation over the runs (one a seed), as a Markdown table."""
+def report(runs):
+    """Markdown: the methods of finished runs (their results, one run a seed) side by side, mean +- standard deviation;
+    then each method's differences to "deep" and "perturbed", paired by seed, with Student's 95 % interval."""
     methods = [name for name in runs[0]["methods"] if all(name in run["methods"] for run in runs)]
-    rows = [["method", *(title for title, _, _ in COLUMNS.values())], ["---"] * (len(COLUMNS) + 1)]
+    values = lambda name, key: COLUMNS[key][1] * torch.tensor([run["methods"][name][key] for run in runs], dtype=torch.double)
+    lines = ["| method | " + " | ".join(title for title, _, _ in COLUMNS.values()) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
     for name in methods:
-        scored = [run["methods"][name] for run in runs]
-        rows.append([name, *(mean_std([s[key] for s in scored], scale, digits) if key in scored[0] else ""
-                             for key, (_, scale, digits) in COLUMNS.items())])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def report(folders):
-    """`comparison` of finished runs, and each method's paired differences to "deep" and "perturbed" in points of accuracy
-    and in NLL: mean over the seeds and the 95 % interval of Student's t. Trains nothing."""
-    runs = [load(Path(folder) / "results.json") or fail(f"{folder} holds no results.json: finish that run first")
-            for folder in folders]
-    lines = [comparison(runs)]
-    for other in ("deep", "perturbed"):
-        rows = ["", f"| minus {other} | accuracy, points | NLL |", "| --- | --- | --- |"]
-        for name in runs[0]["methods"]:
+        cells = [f"{values(name, key).mean():.{digits}f}" + (f" +- {values(name, key).std():.{digits}f}" if len(runs) > 1 else "")
+                 if key in runs[0]["methods"][name] else "" for key, (_, _, digits) in COLUMNS.items()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for other in {"deep", "perturbed"} & set(methods) if 1 < len(runs) <= len(T_975) + 1 else ():
+        lines += ["", f"| minus {other} | accuracy, points | NLL |", "| --- | --- | --- |"]
+        for name in methods:
             cells = []
-            for key, scale, digits in (("accuracy", 100, 2), ("nll", 1, 4)):
-                if all({name, other} <= run["methods"].keys() for run in runs) and 1 < len(runs) < 12 and name != other:
-                    d = scale * torch.tensor([run["methods"][name][key] - run["methods"][other][key] for run in runs])
-                    half = T_975[len(runs) - 2] * d.std().item() / math.sqrt(len(runs))
-                    cells.append(f"{d.mean():+.{digits}f} [{d.mean() - half:+.{digits}f}, {d.mean() + half:+.{digits}f}]")
-            rows += [f"| {name} | {' | '.join(cells)} |"] if cells else []
-        lines += rows if len(rows) > 3 else []
+            for key, digits in (("accuracy", 2), ("nll", 4)):
+                d = values(name, key) - values(other, key)
+                half = T_975[len(runs) - 2] * d.std() / math.sqrt(len(runs))
+                cells.append(f"{d.mean():+.{digits}f} [{d.mean() - half:+.{digits}f}, {d.mean() + half:+.{digits}f}]")
+            lines += [f"| {name} | {' | '.join(cells)} |"] if name != other else []
     return "\n".join(lines)
 
 
@@ -977,12 +989,12 @@ def draw_cell(axis, entries, base=(), title=""):
     Entries that are not in `base` are orange.
     """
     for i, (name, source) in enumerate(entries):
-        node = i // 2 + 2
-        color = "tab:orange" if base and [name, source] not in base[2 * (i // 2):2 * (i // 2) + 2] else "tab:blue"
+        node, first = i // 2 + 2, i // 2 * 2
+        color = "tab:orange" if base and [name, source] not in base[first:first + 2] else "tab:blue"
         axis.annotate("", (node, -node), (source, -source), zorder=1, arrowprops={
             "arrowstyle": "-|>", "color": color, "shrinkA": 0, "shrinkB": 9, "connectionstyle": "angle,angleA=0,angleB=90"})
-        axis.text(node, -source, " ".join(name.split("_")[:-1]) + "\n" + name.split("_")[-1], ha="center", va="center",
-                  color=color, fontsize=7, bbox={"boxstyle": "square,pad=0.15", "fc": "white", "ec": color})
+        axis.text(node, -source, "\n".join(name.replace("_", " ").rsplit(" ", 1)), ha="center", va="center", color=color,
+                  fontsize=7, bbox={"boxstyle": "square,pad=0.15", "fc": "white", "ec": color})
     for node, label in enumerate(["c[k-2]", "c[k-1]", "0", "1", "2", "3"]):
         axis.text(node, -node, label, ha="center", va="center", bbox={"boxstyle": "round", "fc": "lightgrey"}, zorder=3)
     axis.set(xlim=(-0.5, 5.6), ylim=(-5.4, 0.5), title=title)
@@ -990,7 +1002,7 @@ def draw_cell(axis, entries, base=(), title=""):
 
 
 def draw_response(axis, points, lambda_max):
-    """Matched edges of 28 and JSd / ln 2 against lambda, with the ideal line and chance."""
+    """The share of matched edges and JSd / ln 2 against lambda, with the ideal line and chance."""
     lam = [point["lambda"] for point in points]
     axis.plot(lam, [point["matched_edges"] / (2 * len(EDGES)) for point in points], "o-", label="matched edges / 28")
     axis.plot(lam, [point["jsd"] for point in points], "s-", label="JSd / ln 2")
@@ -1003,42 +1015,42 @@ def draw_response(axis, points, lambda_max):
 def draw_sizes(axis, probs, labels):
     """Accuracy of the first 1, 2, ..., M members together, and of each alone."""
     sizes = range(1, len(probs) + 1)
-    axis.plot(sizes, [100 * ensemble_metrics(probs[:m], labels)["accuracy"] for m in sizes], "o-", label="ensemble of the first")
-    axis.plot(sizes, [100 * member_metrics(p, labels)["accuracy"] for p in probs], "x", color="grey", label="member alone")
+    axis.plot(sizes, [100 * ensemble_metrics(probs[:m], labels)["accuracy"] for m in sizes], "o-", label="the first members together")
+    axis.plot(sizes, [100 * member_metrics(p, labels)["accuracy"] for p in probs], "x", color="grey", label="this member alone")
     axis.set(xlabel="members", ylabel="test accuracy, %", title="Accuracy against ensemble size", xticks=list(sizes))
     axis.legend(fontsize=8)
 
 
 def draw_reliability(axis, probs, labels):
-    """Accuracy against confidence in 15 bins: on the diagonal, the ensemble is as right as it is sure."""
+    """Accuracy against confidence in 15 bins: on the diagonal, the ensemble is right as often as it is sure."""
     confidence, choice = probs.mean(dim=0).max(dim=-1)
     bins = (confidence * 15).ceil().long().clamp(1, 15)
-    full = bins.unique()
-    axis.plot([0, 1], [0, 1], ":", color="grey")
-    axis.plot([confidence[bins == b].mean() for b in full], [(choice == labels)[bins == b].float().mean() for b in full], "o-")
+    means = lambda v: [v[bins == b].double().mean() for b in bins.unique()]
+    axis.plot([0, 1], [0, 1], ":", color="grey", label="calibrated")
+    axis.plot(means(confidence), means(choice == labels), "o-", label="ensemble")
     axis.set(xlabel="confidence", ylabel="accuracy", title="Reliability of the ensemble")
+    axis.legend(fontsize=8)
 
 
 def save_pictures(folder, base, members, response, lambda_max, probs, labels):
-    import matplotlib.pyplot as plt  # here, so that importing this file stays quick
-    plt.switch_backend("Agg")
-    shown = [("base", base)] + [(f"lambda {m['lambda']:.2f}, {m['matched_entries']} of 16 entries", m["genotype"]) for m in members[:10]]
-    figure, axes = plt.subplots(len(shown), 2, figsize=(12, 3.2 * len(shown)), squeeze=False)
-    for row, (title, genotype) in zip(axes, shown):
+    import matplotlib.pyplot as plt  # here, so that a notebook keeps its own way of showing pictures
+    cells = [("base", base)] + [("lambda {lambda:.2f}, {matched_entries} of 16 entries".format(**m), m["genotype"]) for m in members[:20]]
+    figure, axes = plt.subplots(len(cells), 2, figsize=(11, 3.4 * len(cells)), squeeze=False)
+    for row, (title, genotype) in zip(axes, cells):
         for axis, kind in zip(row, KINDS):
             draw_cell(axis, genotype[kind], base[kind], f"{title}: {kind} cell")
-    pictures = {"cells": figure}
-    for name, draw, *what in (("lambda_response", draw_response, response["points"], lambda_max),
-                              ("ensemble_size", draw_sizes, probs, labels), ("reliability", draw_reliability, probs, labels)):
-        pictures[name], axis = plt.subplots(figsize=(5, 4))
+    figures = {"cells": figure}
+    for name, draw, what in (("lambda_response", draw_response, (response["points"], lambda_max)),
+                             ("ensemble_size", draw_sizes, (probs, labels)), ("reliability", draw_reliability, (probs, labels))):
+        figures[name], axis = plt.subplots(figsize=(5, 4))
         draw(axis, *what)
-    for name, figure in pictures.items():
+    for name, figure in figures.items():
         figure.savefig(Path(folder) / f"{name}.png", dpi=110, bbox_inches="tight")
         plt.close(figure)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 11. The run: processes, settings, resume, tables, main
+# 11. The run: several processes, settings, what is printed, main
 # ----------------------------------------------------------------------------------------------------------
 
 def rank():
@@ -1071,83 +1083,80 @@ def gather(value):
 
 
 def average_gradients(parameters):
-    """Data parallelism in one place: each process saw its share of the batch; the mean of their gradients is the batch's."""
-    if world() == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]  # the same ones everywhere: all draw the same genotype
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
-        g.copy_(part.view_as(g) / world())
+    """Data parallelism, all of it: each process saw its share of the batch, and the mean of the gradients is the batch's."""
+    if world() > 1:
+        gradients = [p.grad for p in parameters if p.grad is not None]  # the same everywhere: all run one genotype
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        for g, mean in zip(gradients, (flat / world()).split([g.numel() for g in gradients])):
+            g.copy_(mean.view_as(g))
 
 
-TOY_DEFAULTS = {"base_steps": 60, "hyper_steps": 300, "epochs": 8, "channels": 8, "cells": 2, "log_every": 50, "batch": 64}
+TOY_DEFAULTS = {"base_steps": 60, "hyper_steps": 400, "epochs": 8, "channels": 8, "cells": 2, "log_every": 50, "batch": 64}
 FREE_TO_CHANGE = {"samples", "out", "data_dir", "device", "baselines", "log_every", "report"}  # within one run folder
 
 
-def parse(argv=None):
-    """The settings. Every flag and its default; toy, which is small, has smaller defaults."""
-    def number(kind, low, high=math.inf):
-        def check(text):
-            value = kind(text)
-            if not low <= value <= high:
-                raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-            return value
-        check.__name__ = kind.__name__
-        return check
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or a float within bounds."""
+    def check(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return kind(text)
+    check.__name__ = kind.__name__
+    return check
 
+
+def parse(argv=None):
+    """The settings. toy, which is small, has smaller defaults."""
     parser = argparse.ArgumentParser("nes.py", description="Neural ensemble search with diversity control.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    group = parser.add_argument_group("what to run")
-    group.add_argument("--dataset", default="fmnist", help="fmnist, cifar10, toy, or a folder with train/<class>/ and test/<class>/")
-    group.add_argument("--samples", type=number(int, 1), default=5, help="members of the ensemble")
-    group.add_argument("--baselines", nargs="*", choices=["all", *BASELINES], default=[],
-                       help="other ensemble searches to run beside it: " + "; ".join(f"{k}: {v}" for k, v in BASELINES.items()))
-    group.add_argument("--report", nargs="+", metavar="RUN", help="only print the comparison of these finished run folders")
-    group.add_argument("--seed", type=int, default=0, help="of everything random")
-    group.add_argument("--device", default="auto", help="cpu, cuda, mps, or auto: the first of cuda, mps, cpu that is there")
-    group.add_argument("--out", default=None, help="run folder (default: runs/<dataset>-<objective>-<seed>)")
-    group.add_argument("--log-every", type=number(int, 1), default=100, help="steps between log rows, and checkpoints")
-    group = parser.add_argument_group("data")
-    group.add_argument("--data-dir", default="data", help="where torchvision's data sets are, or are downloaded to")
-    group.add_argument("--image-size", type=number(int, 8), default=32, help="side to which a folder's images are resized, pixels")
-    group.add_argument("--crop", type=number(int, 0), default=1, help="largest random shift in training, pixels")
-    group.add_argument("--no-mirror", dest="mirror", action="store_false", help="do not mirror training images (digits, text)")
-    group = parser.add_argument_group("search")
-    group.add_argument("--search-channels", type=number(int, 2), default=8, help="channels of the supernet's first cell")
-    group.add_argument("--search-cells", type=number(int, 1), default=2, help="cells of the supernet")
-    group.add_argument("--search-batch", type=number(int, 2), default=64, help="images of a step")
-    group.add_argument("--base-steps", type=number(int, 1), default=150, help="steps of the base search (DARTS)")
-    group.add_argument("--hyper-steps", type=number(int, 1), default=1500, help="steps of the hypernetwork's training")
-    group.add_argument("--search-lr", type=number(float, 0), default=0.05, help="learning rate of w, falls to 0 as a cosine")
-    group.add_argument("--alpha-lr", type=number(float, 0), default=0.01, help="learning rate of alpha in the base search")
-    group.add_argument("--hyper-lr", type=number(float, 0), default=0.03, help="learning rate of the hypernetwork")
-    group.add_argument("--second-order", action="store_true", help="base search by the exact second-order gradient")
-    group = parser.add_argument_group("diversity")
-    group.add_argument("--objective", choices=["target", "paper"], default="target",
-                       help="target: c (JSd/JSd_max - lambda)^2; paper: - lambda JSd (with, say, --lambda-max 4)")
-    group.add_argument("--lambda-max", type=number(float, 0), default=1.0, help="Lambda, the largest diversity")
-    group.add_argument("--pivots", type=number(int, 2), default=6, help="K, pivots of the hypernetwork")
-    group.add_argument("--strength", type=number(float, 0), default=10.0, help="c, of the target objective")
-    group.add_argument("--tau", type=number(float, 0, 0.45), default=0.1, help="smoothing of the base in the JSd")
-    group.add_argument("--tau-start", type=number(float, 0, 0.45), default=0.3, help="smoothing of the base where the pivots start")
-    group.add_argument("--temperature", type=number(float, 0.01), default=0.25, help="temperature of alpha(lambda) at the end")
-    group.add_argument("--noise", type=number(float, 0), default=0.3, help="scale of the Gumbel noise at the start, falls to 0")
-    group = parser.add_argument_group("members")
-    group.add_argument("--channels", type=number(int, 2), default=16, help="channels of a member's first cell")
-    group.add_argument("--cells", type=number(int, 1), default=3, help="cells of a member")
-    group.add_argument("--epochs", type=number(int, 1), default=3, help="epochs of a member's training")
-    group.add_argument("--batch", type=number(int, 2), default=128, help="images of a step")
-    group.add_argument("--lr", type=number(float, 0), default=0.1, help="largest learning rate")
-    group.add_argument("--weight-decay", type=number(float, 0), default=3e-4, help="weight decay")
-    group.add_argument("--recalibration", type=number(int, 1), default=20, help="batches for batch norm before one-shot scoring")
+    add = parser.add_argument_group("what to run").add_argument
+    add("--dataset", default="fmnist", help="fmnist, cifar10, toy, or a folder with train/<class>/ and test/<class>/")
+    add("--samples", type=number(int, 1), default=5, help="members of the ensemble")
+    add("--baselines", nargs="*", choices=["all", *BASELINES], default=[], help="other ensemble searches to run beside it: "
+        + "; ".join(f"{name}: {text}" for name, text in BASELINES.items()))
+    add("--report", nargs="+", metavar="RUN", help="only compare these finished run folders, one a seed, as Markdown")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--device", default="auto", help="cpu, cuda, mps, or auto: the first of cuda, mps, cpu that is there")
+    add("--out", help="run folder (default: runs/<dataset>-<objective>-<seed>)")
+    add("--log-every", type=number(int, 1), default=100, help="steps between log rows, and between checkpoints")
+    add = parser.add_argument_group("data").add_argument
+    add("--data-dir", default="data", help="where torchvision's data sets are, or are downloaded to")
+    add("--image-size", type=number(int, 8), default=32, help="side to which a folder's images are resized, pixels")
+    add("--crop", type=number(int, 0), default=1, help="largest random shift in training, pixels")
+    add("--no-mirror", dest="mirror", action="store_false", help="do not mirror training images (digits, text)")
+    add = parser.add_argument_group("search").add_argument
+    add("--search-channels", type=number(int, 2), default=8, help="channels of the supernet's first cell")
+    add("--search-cells", type=number(int, 1), default=2, help="cells of the supernet")
+    add("--search-batch", type=number(int, 2), default=64, help="images of a step")
+    add("--base-steps", type=number(int, 1), default=150, help="steps of the base search (DARTS)")
+    add("--hyper-steps", type=number(int, 1), default=4000, help="steps of the hypernetwork's training")
+    add("--search-lr", type=number(float, 0), default=0.05, help="learning rate of w, falls to 0 as a cosine")
+    add("--alpha-lr", type=number(float, 0), default=0.01, help="learning rate of alpha in the base search")
+    add("--hyper-lr", type=number(float, 0), default=0.03, help="learning rate of the hypernetwork")
+    add("--second-order", action="store_true", help="base search by the exact second-order gradient")
+    add = parser.add_argument_group("diversity").add_argument
+    add("--objective", choices=["target", "paper"], default="target", help="target: c (JSd / JSd_max - lambda)^2; "
+        "paper: - lambda JSd (with, say, --lambda-max 4)")
+    add("--lambda-max", type=number(float, 0), default=1.0, help="Lambda, the largest diversity")
+    add("--strength", type=number(float, 0), default=10.0, help="c, of the target objective")
+    add("--pivots", type=number(int, 2), default=6, help="K, pivots of the hypernetwork")
+    add("--tau", type=number(float, 0, 0.45), default=0.1, help="smoothing of the base in the JSd")
+    add("--tau-start", type=number(float, 0, 0.45), default=0.3, help="smoothing of the base where the pivots start")
+    add("--temperature", type=number(float, 0.01), default=0.25, help="temperature of alpha(lambda) at the end")
+    add("--noise", type=number(float, 0), default=0.3, help="scale of the Gumbel noise at the start, falls to 0")
+    add = parser.add_argument_group("members").add_argument
+    add("--channels", type=number(int, 2), default=16, help="channels of a member's first cell")
+    add("--cells", type=number(int, 1), default=3, help="cells of a member")
+    add("--epochs", type=number(int, 1), default=3, help="epochs of a member's training")
+    add("--batch", type=number(int, 2), default=128, help="images of a step")
+    add("--lr", type=number(float, 0), default=0.1, help="largest learning rate")
+    add("--weight-decay", type=number(float, 0), default=3e-4, help="weight decay")
     if parser.parse_args(argv).dataset == "toy":
         parser.set_defaults(**TOY_DEFAULTS)
     args = parser.parse_args(argv)
-    if args.objective == "target" and not 0 < args.lambda_max <= 1:
-        parser.error("--lambda-max is a share of the largest divergence with --objective target: between 0 and 1, not 0")
-    if args.lambda_max == 0:
-        parser.error("--lambda-max 0 leaves nothing to sample: give a positive one")
+    if args.lambda_max == 0 or args.objective == "target" and args.lambda_max > 1:
+        parser.error("--lambda-max must be above 0 and, with --objective target, whose lambda is a share, at most 1")
     if "all" in args.baselines:
         args.baselines = list(BASELINES)
     args.out = args.out or f"runs/{Path(args.dataset).name}-{args.objective}-{args.seed}"
@@ -1156,32 +1165,31 @@ def parse(argv=None):
 
 def set_up(args):
     """Choose the device, join the other processes of a torchrun, and keep freed memory."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if args.device == "auto":
-        args.device = next(name for name, available in there.items() if available)
-    if not there.get(args.device.split(":")[0]):
-        fail(f"--device {args.device} is not on this machine: there is {', '.join(n for n, there_is in there.items() if there_is)}")
+    there = [name for name, found in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)) if found]
+    args.device = there[0] if args.device == "auto" else args.device
+    if args.device.split(":")[0] not in there:
+        fail(f"there is no --device {args.device} on this machine: choose from {', '.join(there)}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if "cuda" in args.device else "gloo", timeout=timedelta(days=7))
-    if platform.libc_ver()[0] == "glibc":  # else each large tensor is new memory from the system, page by page
+    if platform.libc_ver()[0] == "glibc":  # which else hands each large tensor fresh memory, to be faulted in page by page
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)           # M_MMAP_MAX: no separate mapping for large blocks
+        libc.mallopt(-4, 0)           # M_MMAP_MAX: no separate mapping for a large block
         libc.mallopt(-1, 2**31 - 1)   # M_TRIM_THRESHOLD: keep what was freed
 
 
 def check_settings(args):
     """Refuse a run folder that other settings made; else note the settings there."""
     path = Path(args.out) / "settings.json"
-    settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
-    before = load(path)
-    if before is not None and before != settings:
-        changed = ", ".join(f"--{name.replace('_', '-')} {before.get(name)} (now {settings.get(name)})"
-                            for name in sorted(before.keys() | settings.keys()) if before.get(name) != settings.get(name))
-        fail(f"{args.out} holds a run with {changed}: choose another --out, or those settings")
-    save(path, json.dumps(settings, indent=1))
+    now = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
+    before = load(path) or now
+    if before != now:
+        changed = [f"--{name.replace('_', '-')} {before.get(name)} (now {now.get(name)})"
+                   for name in sorted(before | now) if before.get(name) != now.get(name)]
+        fail(f"{args.out} holds a run with {', '.join(changed)}: choose another --out, or those settings")
+    save(path, json.dumps(now, indent=1))
 
 
 def run(args):
@@ -1211,75 +1219,37 @@ def run(args):
         print_cells("lambda {lambda:.3f}".format(**member), member["genotype"])
     start = time.time()
     shots = torch.stack([one_shot(net, member["genotype"], data, args) for member in members])
-    one_shot_seconds = time.time() - start
+    seconds = {"base": base_log["seconds"], "hypernetwork": hyper_log["seconds"], "one_shot": time.time() - start}
 
     jobs = {"ours": [(member["genotype"], i) for i, member in enumerate(members)]}
-    search_seconds = {"ours": base_log["seconds"] + hyper_log["seconds"]}
+    search_seconds = {"ours": seconds["base"] + seconds["hypernetwork"]}
     for name in args.baselines:
-        jobs[name], search_seconds[name] = baseline_jobs(name, base, base_log["seconds"], members, data, args)
+        jobs[name], search_seconds[name] = baseline_jobs(name, base, seconds["base"], members, data, args)
     trained = iter(train_members([job for method in jobs.values() for job in method], data, args))
     records = {name: [next(trained) for _ in method] for name, method in jobs.items()}
+    seconds["members"] = sum(record["seconds"] for record in records["ours"])
 
     for member, record, shot in zip(members, records["ours"], shots):
         member.update(file=record["file"], one_shot=member_metrics(shot, labels["test"]),
                       test=member_metrics(record["test"], labels["test"]))
-    methods = {"one-shot": {**ensemble_metrics(shots, labels["test"]), "networks": 0, "training_seconds": 0.0,
-                            "search_seconds": search_seconds["ours"]}}
-    for name in records:
-        methods[name] = summary(name, records[name], search_seconds[name], labels, args.samples)
+    methods = {name: method_scores(name, records[name], search_seconds[name], labels, args.samples) for name in records}
+    methods["ours, one-shot"] = {**ensemble_metrics(shots, labels["test"]), "networks": 0, "training_seconds": 0.0,
+                                 "search_seconds": search_seconds["ours"]}
     if "deep" in records:
-        methods = {"single": summary("single", records["deep"][:1], base_log["seconds"], labels, 1), **methods}
+        methods["single"] = method_scores("single", records["deep"][:1], seconds["base"], labels, 1)
+    probs = torch.stack([record["test"] for record in records["ours"]])
     results = {
-        "settings": vars(args),
+        "settings": vars(args), "seconds": seconds, "base": {"genotype": base, "operations": count_operations(base)},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__},
-        "seconds": {"base": base_log["seconds"], "hypernetwork": hyper_log["seconds"], "one_shot": one_shot_seconds,
-                    "members": methods["ours"]["training_seconds"]},
-        "base": {"genotype": base, "operations": count_operations(base)},
-        "lambda_response": response, "distinct": distinct, "members": members,
-        "one_shot": ensemble_metrics(shots, labels["test"]),
-        "ensemble": ensemble_metrics(torch.stack([r["test"] for r in records["ours"]]), labels["test"]),
-        "methods": methods,
-    }
+        "lambda_response": response, "distinct": distinct, "members": members, "methods": methods,
+        "one_shot": ensemble_metrics(shots, labels["test"]), "ensemble": ensemble_metrics(probs, labels["test"])}
     if rank() == 0:
         save(Path(args.out) / "results.json", json.dumps(results, indent=1))
         save(Path(args.out) / "ledger.csv", ledger(args, members, records, labels["test"]))
-        save_pictures(args.out, base, members, response, args.lambda_max,
-                      torch.stack([r["test"] for r in records["ours"]]), labels["test"])
+        save_pictures(args.out, base, members, response, args.lambda_max, probs, labels["test"])
     print_results(results)
-    say(f"\neverything is in {args.out}")
     return results
 
-
-def summary(name, records, search_seconds, labels, count):
-    """A method's row of the comparison: the ensemble's metrics, its members', and what it cost."""
-    costs = {"networks": len(records), "search_seconds": search_seconds,
-             "training_seconds": sum(record["seconds"] for record in records)}
-    if name == "nes-rs":
-        pool = torch.stack([record["selection"] for record in records])
-        records = [records[i] for i in forward_selection(pool, labels["selection"], count)]
-    probs = torch.stack([record["test"] for record in records])
-    accuracies = [member_metrics(p, labels["test"])["accuracy"] for p in probs]
-    return {**ensemble_metrics(probs, labels["test"]), "member_mean": sum(accuracies) / len(accuracies),
-            "member_best": max(accuracies), **costs}
-
-
-def ledger(args, members, records, labels):
-    """One CSV row for each trained network and method that uses it."""
-    rows = []
-    for method, networks in records.items():
-        for i, record in enumerate(networks):
-            rows.append({"dataset": args.dataset, "seed": args.seed, "method": method, "index": i,
-                         "lambda": members[i]["lambda"] if method == "ours" else "", "seconds": record["seconds"],
-                         **member_metrics(record["test"], labels), "file": record["file"],
-                         "genotype": json.dumps(record["genotype"])})
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-# ---- what is printed
 
 def print_cells(name, genotype):
     """A genotype in words: its operations' counts, then each node as the sum of its two inputs."""
@@ -1294,28 +1264,28 @@ def print_cells(name, genotype):
 def print_response(response):
     say(f"\nlambda  JSd/ln 2  edges of 28 (chance {CHANCE_EDGES:.0f})  entries of 16 (chance {CHANCE_ENTRIES:.1f})  operations")
     for point in response["points"]:
-        counts = " ".join(f"{n} {op.replace('_', ' ')}," for op, n in count_operations(point["genotype"]).items())
-        say("{lambda:6.2f}{jsd:10.3f}{matched_edges:12d}{matched_entries:25d}".format(**point) + " " * 17 + counts[:-1])
-    say("Spearman's correlation of lambda and matched edges {spearman:.3f}, calibration error {calibration_error:.3f}"
-        .format(**response))
+        counts = ", ".join(f"{n} {op}" for op, n in count_operations(point["genotype"]).items())
+        say("{lambda:6.2f}{jsd:10.3f}{matched_edges:12d}{matched_entries:25d}".format(**point) + " " * 17 + counts)
+    say("Spearman's correlation of lambda and matched edges {spearman:.3f}, calibration error {calibration_error:.3f}".format(**response))
 
 
 def print_results(results):
-    say("\n member  lambda  edges  entries  JSd/ln 2  one-shot, %  trained, %     NLL   Brier     ECE")
-    tail = lambda shot, test: (f"{100 * shot['accuracy']:13.2f}{100 * test['accuracy']:12.2f}{test['nll']:8.4f}"
-                               f"{test['brier']:8.4f}{test['ece']:8.4f}")
+    say("\n  member  lambda  edges  entries  JSd/ln 2  one-shot, %  trained, %     NLL   Brier     ECE")
+    scores = lambda shot, test: (f"{100 * shot['accuracy']:13.2f}{100 * test['accuracy']:12.2f}{test['nll']:8.4f}"
+                                 f"{test['brier']:8.4f}{test['ece']:8.4f}")
     for i, member in enumerate(results["members"]):
-        say(f"{i:7d}" + "{lambda:8.3f}{matched_edges:7d}{matched_entries:9d}{jsd:10.3f}".format(**member)
-            + tail(member["one_shot"], member["test"]))
-    say(f"{'ensemble':<41}" + tail(results["one_shot"], results["ensemble"]))
-    say("\n" + comparison([results]))
+        say(f"{i:8d}" + "{lambda:8.3f}{matched_edges:7d}{matched_entries:9d}{jsd:10.3f}".format(**member)
+            + scores(member["one_shot"], member["test"]))
+    say("ensemble" + " " * 34 + scores(results["one_shot"], results["ensemble"]))
+    say(f"\n{report([results])}\n\neverything is in {results['settings']['out']}")
 
 
 def main(argv=None):
     """The program: parse the flags, run the method, return the results (the content of results.json)."""
     args = parse(argv)
     if args.report:
-        print(report(args.report))
+        print(report([load(Path(folder) / "results.json") or fail(f"{folder} holds no results.json: finish that run first")
+                      for folder in args.report]))
         return None
     set_up(args)
     try:
