@@ -494,9 +494,9 @@ def search(phase, net, architecture, draw, steps, data, args, second_order=False
     loss, validation loss, regulariser), "seconds"}. The base search and the hypernetwork differ only in their draw.
     """
     path = Path(args.out) / f"{phase}.pt"
+    a_lr = args.hyper_lr if phase == "hyper" else args.alpha_lr
     w_optimizer = torch.optim.SGD(net.parameters(), args.search_lr, momentum=0.9, weight_decay=3e-4)
-    a_optimizer = torch.optim.Adam(architecture.parameters(),
-                                   args.alpha_lr if phase.startswith("base") else args.hyper_lr, betas=(0.5, 0.999))
+    a_optimizer = torch.optim.Adam(architecture.parameters(), a_lr, betas=(0.5, 0.999))
     parts = {"net": net, "architecture": architecture, "w_optimizer": w_optimizer, "a_optimizer": a_optimizer}
     state = share(load(path) if rank() == 0 else None) or {"step": 0, "history": [], "seconds": 0.0}
     for name, part in parts.items():
@@ -505,7 +505,8 @@ def search(phase, net, architecture, draw, steps, data, args, second_order=False
     net.train()
     share_of_batch, start, sums = slice(rank(), None, world()), time.time() - state["seconds"], torch.zeros(3)
     for step in range(state["step"], steps):
-        w_optimizer.param_groups[0]["lr"] = args.search_lr * (1 + math.cos(math.pi * step / steps)) / 2
+        decay = (1 + math.cos(math.pi * step / steps)) / 2
+        w_optimizer.param_groups[0]["lr"], a_optimizer.param_groups[0]["lr"] = args.search_lr * decay, a_lr * decay
         w_batch, a_batch = (draw_batch(data, split, args.search_batch, step, (args.seed, phase, split),
                                        args.crop, args.mirror, share_of_batch) for split in ("weights", "architecture"))
         weights, genotype, regulariser = draw(step)
@@ -720,7 +721,7 @@ def one_shot(net, genotype, data, args):
             module.momentum = None
     net.train()
     for step in range(20):
-        net(draw_batch(data, "weights", 2 * args.batch, step, (args.seed, "recalibration"))[0], None, genotype)
+        net(draw_batch(data, "weights", 256, step, (args.seed, "recalibration"))[0], None, genotype)
     return predict(net, data, "test", genotype)
 
 
@@ -1092,7 +1093,7 @@ def average_gradients(parameters):
             g.copy_(mean.view_as(g))
 
 
-TOY_DEFAULTS = {"base_steps": 60, "hyper_steps": 400, "epochs": 8, "channels": 8, "cells": 2, "log_every": 50, "batch": 64}
+TOY_DEFAULTS = {"base_steps": 60, "hyper_steps": 400, "epochs": 8, "channels": 8, "log_every": 50}
 FREE_TO_CHANGE = {"samples", "out", "data_dir", "device", "baselines", "log_every", "report"}  # within one run folder
 
 
@@ -1123,7 +1124,7 @@ def parse(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--data-dir", default="data", help="where torchvision's data sets are, or are downloaded to")
     add("--image-size", type=number(int, 8), default=32, help="side to which a folder's images are resized, pixels")
-    add("--crop", type=number(int, 0), default=1, help="largest random shift in training, pixels")
+    add("--crop", type=number(int, 0), default=0, help="largest random shift in training, pixels; pays in long runs")
     add("--no-mirror", dest="mirror", action="store_false", help="do not mirror training images (digits, text)")
     add = parser.add_argument_group("search").add_argument
     add("--search-channels", type=number(int, 2), default=8, help="channels of the supernet's first cell")
@@ -1131,9 +1132,9 @@ def parse(argv=None):
     add("--search-batch", type=number(int, 2), default=64, help="images of a step")
     add("--base-steps", type=number(int, 1), default=150, help="steps of the base search (DARTS)")
     add("--hyper-steps", type=number(int, 1), default=4000, help="steps of the hypernetwork's training")
-    add("--search-lr", type=number(float, 0), default=0.05, help="learning rate of w, falls to 0 as a cosine")
+    add("--search-lr", type=number(float, 0), default=0.05, help="learning rate of w; this and the next two fall to 0 as a cosine")
     add("--alpha-lr", type=number(float, 0), default=0.01, help="learning rate of alpha in the base search")
-    add("--hyper-lr", type=number(float, 0), default=0.03, help="learning rate of the hypernetwork")
+    add("--hyper-lr", type=number(float, 0), default=0.06, help="learning rate of the hypernetwork")
     add("--second-order", action="store_true", help="base search by the exact second-order gradient")
     add = parser.add_argument_group("diversity").add_argument
     add("--objective", choices=["target", "paper"], default="target", help="target: c (JSd / JSd_max - lambda)^2; "
@@ -1147,9 +1148,9 @@ def parse(argv=None):
     add("--noise", type=number(float, 0), default=0.3, help="scale of the Gumbel noise at the start, falls to 0")
     add = parser.add_argument_group("members").add_argument
     add("--channels", type=number(int, 2), default=16, help="channels of a member's first cell")
-    add("--cells", type=number(int, 1), default=3, help="cells of a member")
+    add("--cells", type=number(int, 1), default=2, help="cells of a member")
     add("--epochs", type=number(int, 1), default=3, help="epochs of a member's training")
-    add("--batch", type=number(int, 2), default=128, help="images of a step")
+    add("--batch", type=number(int, 2), default=64, help="images of a step")
     add("--lr", type=number(float, 0), default=0.1, help="largest learning rate")
     add("--weight-decay", type=number(float, 0), default=3e-4, help="weight decay")
     if parser.parse_args(argv).dataset == "toy":

@@ -616,7 +616,7 @@ def test_other_settings_damaged_checkpoint_and_nan_lose_nothing(capsys, finished
     out = tmp_path / "run"
     shutil.copytree(finished[0], out)
     before = {path: path.read_bytes() for path in out.rglob("*.pt")}
-    bad(capsys, [*TINY, "--out", str(out), "--hyper-lr", "0.5", "--pivots", "9"], "--hyper-lr 0.03 (now 0.5)", "--pivots 6 (now 9)")
+    bad(capsys, [*TINY, "--out", str(out), "--hyper-lr", "0.5", "--pivots", "9"], "--hyper-lr 0.06 (now 0.5)", "--pivots 6 (now 9)")
     victim = out / finished[1]["members"][0]["file"]
     victim.write_bytes(before[victim][:1000])
     bad(capsys, [*TINY, "--out", str(out)], victim.name, "delete it")
