@@ -1,18 +1,18 @@
 """Neural ensemble search with diversity control, in one file.
 
 "Differentiable algorithm for searching ensembles of deep learning models with diversity control"
-(Yakovlev, Bakhteev, Petrushina, Babkin), step by step:
+(Yakovlev, Bakhteev, Petrushina, Babkin). Sections 2 to 8 are the method, in its order; the rest is what it takes
+to run it on real data and to believe the result.
 
-     1 data                    2 the DARTS cell, the supernet   3 base search (alpha, genotype)
-     4 JSd, the hypernetwork   5 sampling                       6 members: one shot, and trained
-     7 the ensemble            8 the lambda response            9 pictures
-    10 the run: settings, resume, torchrun, main
+    0 habits   1 data   2 the DARTS cell, the supernet   3 alpha, genotype, base search   4 JSd, the hypernetwork
+    5 sampling   6 members: one shot, and trained   7 the ensemble   8 the lambda response
+    9 other ensemble searches   10 pictures   11 the run: processes, settings, main
 
-    python nes.py --dataset fmnist --samples 5      # the whole method on Fashion-MNIST
+    python nes.py --dataset fmnist --samples 5      # the whole method on Fashion-MNIST; expect @@EXPECT@@
     python nes.py --dataset toy --samples 3         # the same on drawn shapes, in about a minute
 
-Letters for shapes: B batch, C channels, H and W height and width, O = 7 operations, E = 14 edges of a
-cell, K pivots, M members, N points, Y classes. alpha is always (2, E, O): the normal cell, the reduction cell.
+Letters for shapes: B batch, C channels, H and W height and width, O = 7 operations, E = 14 edges of a cell,
+K pivots, M members, N points, Y classes. alpha is always (2, E, O): first the normal cell, then the reduction cell.
 """
 import argparse
 import csv
@@ -138,7 +138,7 @@ def read_torchvision(dataset_class, root):
     """
     raw, parts = Path(root) / "FashionMNIST" / "raw", []
     try:
-        if dataset_class is torchvision.datasets.FashionMNIST and DEBIAN_FASHION_MNIST.exists() and not raw.exists():
+        if dataset_class is TORCHVISION["fmnist"] and DEBIAN_FASHION_MNIST.exists() and not raw.exists():
             raw.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=raw.parent) as part:  # so that a kill leaves no half-unpacked file
                 (unpacked := Path(part, "raw")).mkdir()
@@ -180,7 +180,7 @@ def read_folder(root, size):
         parts.append((torch.stack(images), torch.tensor(folder.targets), folder.classes))
     (train, y_train, classes), (test, y_test, test_classes) = parts
     if classes != test_classes or len(classes) < 2:
-        fail(f"{root}/train and {root}/test must hold the same classes, two or more: found {classes} and {test_classes}")
+        fail(f"{root}/train and {root}/test must hold the same two or more classes: found {classes} and {test_classes}")
     if all((x == x[:, :1]).all() for x in (train, test)):
         train, test = train[:, :1], test[:, :1]
     return (train, y_train), (test, y_test), classes
@@ -302,7 +302,8 @@ class FactorizedReduce(nn.Module):
 
 
 def separable(C, taps, stride, affine, dilation=1):
-    return [DepthwiseConv(C, taps, stride, dilation), nn.Conv2d(C, C, 1, bias=False), nn.BatchNorm2d(C, affine=affine)]
+    depthwise = DepthwiseConv(C, taps, stride, dilation)
+    return [depthwise, nn.Conv2d(C, C, 1, bias=False), nn.BatchNorm2d(C, affine=affine)]
 
 
 def pool(layer, C):
@@ -497,18 +498,19 @@ def search(phase, net, architecture, draw, steps, data, args, second_order=False
     a_lr = args.hyper_lr if phase == "hyper" else args.alpha_lr
     w_optimizer = torch.optim.SGD(net.parameters(), args.search_lr, momentum=0.9, weight_decay=3e-4)
     a_optimizer = torch.optim.Adam(architecture.parameters(), a_lr, betas=(0.5, 0.999))
-    parts = {"net": net, "architecture": architecture, "w_optimizer": w_optimizer, "a_optimizer": a_optimizer}
+    modules = {"net": net, "architecture": architecture, "w_optimizer": w_optimizer, "a_optimizer": a_optimizer}
     state = share(load(path) if rank() == 0 else None) or {"step": 0, "history": [], "seconds": 0.0}
-    for name, part in parts.items():
+    for name, module in modules.items():
         if name in state:
-            part.load_state_dict(state[name])
+            module.load_state_dict(state[name])
     net.train()
-    share_of_batch, start, sums = slice(rank(), None, world()), time.time() - state["seconds"], torch.zeros(3)
+    part = slice(rank(), None, world())  # this process's share of a batch
+    start, sums = time.time() - state["seconds"], torch.zeros(3)
     for step in range(state["step"], steps):
         decay = (1 + math.cos(math.pi * step / steps)) / 2
         w_optimizer.param_groups[0]["lr"], a_optimizer.param_groups[0]["lr"] = args.search_lr * decay, a_lr * decay
-        w_batch, a_batch = (draw_batch(data, split, args.search_batch, step, (args.seed, phase, split),
-                                       args.crop, args.mirror, share_of_batch) for split in ("weights", "architecture"))
+        w_batch, a_batch = (draw_batch(data, split, args.search_batch, step, (args.seed, phase, split), args.crop,
+                                       args.mirror, part) for split in ("weights", "architecture"))
         weights, genotype, regulariser = draw(step)
 
         train_loss = F.cross_entropy(net(w_batch[0], weights.detach(), genotype), w_batch[1])
@@ -541,7 +543,7 @@ def search(phase, net, architecture, draw, steps, data, args, second_order=False
             if rank() == 0:
                 log_row(phase, step + 1, steps, state["seconds"],
                         "train {:.3f}  validation {:.3f}  regulariser {:+.4f}".format(*means))
-                save(path, {**state, **{name: part.state_dict() for name, part in parts.items()}})
+                save(path, {**state, **{name: module.state_dict() for name, module in modules.items()}})
     return {"history": state["history"], "seconds": state["seconds"]}
 
 
@@ -583,12 +585,12 @@ def smooth(p, tau):
 
 
 class HyperNetwork(nn.Module):
-    """alpha(lambda): one table of logits for each pivot, and straight lines between them (the paper, section 3).
+    """alpha(lambda): one table of logits for each pivot, and straight lines between them.
 
     With pivots r_0 = 0 < ... < r_{K-1} = lambda_max, tables a_k and r_k <= lambda <= r_{k+1}:
         alpha(lambda) = ((1 - t) a_k + t a_{k+1}) / temperature,    t = (lambda - r_k) / (r_{k+1} - r_k)
-    so that alpha(r_k) = a_k / temperature. Departure: the published formula has t and 1 - t exchanged, which makes
-    alpha jump at every pivot. The temperature is 1 until the training lowers it.
+    so that alpha(r_k) = a_k / temperature. Departure from the paper: its formula has t and 1 - t exchanged, which
+    makes alpha jump at every pivot. The temperature is 1 until the training lowers it.
 
     start: (2, E, O) or any shape, the logits that every pivot begins with.
     forward: lambda, a number or a tensor (...), within [0, lambda_max] -> logits (..., 2, E, O).
@@ -608,19 +610,19 @@ class HyperNetwork(nn.Module):
         return torch.lerp(self.table[k], self.table[k + 1], t) / self.temperature
 
 
-def diversity_objective(p, target, lam, args):
+def diversity_loss(p, target, lam, objective="target", strength=10.0):
     """The term that pushes alpha(lambda) away from the base, to be added to L_val.
 
-    p, target: (2, E, O), softmax(alpha(lambda)) and alpha*. JSd is the mean over the edges.
-        paper:   - lambda JSd
-        target:  c (JSd / JSd_max - lambda)^2, JSd_max = the JSd of alpha* and another operation on every edge
+    p, target: (2, E, O), softmax(alpha(lambda)) and alpha*. JSd is the mean over the edges, c the strength.
+        "paper":   - lambda JSd
+        "target":  c (JSd / JSd_max - lambda)^2, JSd_max = the JSd of alpha* and another operation on every edge
     Departure, the default: with the paper's term each edge has a threshold, and how many have crossed it depends on
     how long one trains. The target form has a resting point, and lambda reads as the share of the largest divergence.
     """
     jsd = jensen_shannon(target, p).mean()
-    if args.objective == "paper":
+    if objective == "paper":
         return -lam * jsd
-    return args.strength * (jsd / largest_divergence(target) - lam) ** 2
+    return strength * (jsd / largest_divergence(target) - lam) ** 2
 
 
 def largest_divergence(target):
@@ -650,8 +652,8 @@ def train_hypernetwork(net, base, data, args):
         logits = hyper(lam)
         gumbel = -torch.empty(logits.shape).exponential_(generator=generator).log().to(logits.device)
         p = (logits + args.noise * (1 - progress) * gumbel).softmax(dim=-1)
-        return (1 + p - p.detach(), genotype_of(p),
-                diversity_objective(logits.softmax(dim=-1), target, lam, args))
+        diversity = diversity_loss(logits.softmax(dim=-1), target, lam, args.objective, args.strength)
+        return 1 + p - p.detach(), genotype_of(p), diversity
 
     log = search("hyper", net, hyper, draw, args.hyper_steps, data, args)
     hyper.temperature.fill_(args.temperature)
@@ -736,7 +738,7 @@ def build(key, data, channels, cells, genotype=None):
 def train_member(genotype, index, data, args, path):
     """Train one discrete network from scratch on the "train" split, resumably; one recipe for every method.
 
-    index: numbers the networks of one genotype, which differ in initial weights and batches. SGD, its learning rate
+    index: numbers the networks of one genotype, which differ in initial weights and batches. AdamW, its learning rate
     rising over the first fifth of the steps and falling to zero over the rest; the last weights are kept, there is no
     maximum over epochs. Returns the finished record: genotype, index, seconds, net (the weights), network (what
     `load_member` needs), and the probabilities (N, Y) on "selection" and "test".
@@ -746,7 +748,7 @@ def train_member(genotype, index, data, args, path):
         return record
     key = (args.seed, "member", index)
     net = build(key, data, args.channels, args.cells, genotype)
-    optimizer = torch.optim.SGD(net.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, nesterov=True)
+    optimizer = torch.optim.AdamW(net.parameters(), args.lr, (0.9, 0.99), weight_decay=args.weight_decay)
     if record["step"]:
         net.load_state_dict(record["net"])
         optimizer.load_state_dict(record["optimizer"])
@@ -896,7 +898,7 @@ def perturb(base, changes, *key):
 
 
 def forward_selection(probs, labels, count):
-    """Indices of `count` members of a pool (P, N, Y), each the one that lowers the ensemble's NLL most (Zaidi et al. 2021)."""
+    """Indices of `count` members of a pool (P, N, Y): each lowers the ensemble's NLL most (NES-RS, Zaidi et al. 2021)."""
     chosen = []
     for _ in range(count):
         rest = [i for i in range(len(probs)) if i not in chosen]
@@ -940,12 +942,13 @@ def ledger(args, members, records, labels):
     """CSV text: a row for each trained network and method that uses it."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["dataset", "seed", "method", "index", "lambda", "seconds", "accuracy", "nll", "brier", "ece", "file", "genotype"])
+    writer.writerow("dataset seed method index lambda seconds accuracy nll brier ece file genotype".split())
     for method, networks in records.items():
         for i, record in enumerate(networks):
             lam = members[i]["lambda"] if method == "ours" else ""
-            writer.writerow([args.dataset, args.seed, method, i, lam, record["seconds"],
-                             *member_metrics(record["test"], labels).values(), record["file"], json.dumps(record["genotype"])])
+            scores = member_metrics(record["test"], labels).values()
+            writer.writerow([args.dataset, args.seed, method, i, lam, record["seconds"], *scores, record["file"],
+                             json.dumps(record["genotype"])])
     return text.getvalue()
 
 
@@ -955,29 +958,39 @@ COLUMNS = {"accuracy": ("accuracy, %", 100, 2), "nll": ("NLL", 1, 4), "brier": (
            "predictive_jsd": ("pred. JSd", 1, 4), "member_mean": ("mean member, %", 100, 2),
            "member_best": ("best member, %", 100, 2), "networks": ("networks", 1, 0),
            "search_seconds": ("search, s", 1, 0), "training_seconds": ("training, s", 1, 0)}
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t for 1 to 9 degrees of freedom
+# The 97.5 % quantile of Student's t for 1 to 9 degrees of freedom
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def report(runs):
-    """Markdown: the methods of finished runs (their results, one run a seed) side by side, mean +- standard deviation;
-    then each method's differences to "deep" and "perturbed", paired by seed, with Student's 95 % interval."""
+    """Markdown: the methods of finished runs (their results, one run a seed) side by side, mean +- standard deviation.
+
+    Then, from two runs on, each method's differences to "deep" and to "perturbed", paired by seed, with the 95 %
+    interval of Student's t.
+    """
+    def values(name, key):
+        return COLUMNS[key][1] * torch.tensor([run["methods"][name][key] for run in runs], dtype=torch.double)
+
+    def mean_std(name, key):
+        if key not in runs[0]["methods"][name]:
+            return ""
+        v, digits = values(name, key), COLUMNS[key][2]
+        return f"{v.mean():.{digits}f}" + (f" +- {v.std():.{digits}f}" if len(runs) > 1 else "")
+
+    def difference(name, other, key):
+        d, digits = values(name, key) - values(other, key), COLUMNS[key][2]
+        half = T_975[len(runs) - 2] * d.std() / math.sqrt(len(runs))
+        return f"{d.mean():+.{digits}f} [{d.mean() - half:+.{digits}f}, {d.mean() + half:+.{digits}f}]"
+
     methods = [name for name in runs[0]["methods"] if all(name in run["methods"] for run in runs)]
-    values = lambda name, key: COLUMNS[key][1] * torch.tensor([run["methods"][name][key] for run in runs], dtype=torch.double)
-    lines = ["| method | " + " | ".join(title for title, _, _ in COLUMNS.values()) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
-    for name in methods:
-        cells = [f"{values(name, key).mean():.{digits}f}" + (f" +- {values(name, key).std():.{digits}f}" if len(runs) > 1 else "")
-                 if key in runs[0]["methods"][name] else "" for key, (_, _, digits) in COLUMNS.items()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    for other in {"deep", "perturbed"} & set(methods) if 1 < len(runs) <= len(T_975) + 1 else ():
-        lines += ["", f"| minus {other} | accuracy, points | NLL |", "| --- | --- | --- |"]
-        for name in methods:
-            cells = []
-            for key, digits in (("accuracy", 2), ("nll", 4)):
-                d = values(name, key) - values(other, key)
-                half = T_975[len(runs) - 2] * d.std() / math.sqrt(len(runs))
-                cells.append(f"{d.mean():+.{digits}f} [{d.mean() - half:+.{digits}f}, {d.mean() + half:+.{digits}f}]")
-            lines += [f"| {name} | {' | '.join(cells)} |"] if name != other else []
-    return "\n".join(lines)
+    rows = [["method", *(title for title, _, _ in COLUMNS.values())], ["---"] * (1 + len(COLUMNS))]
+    rows += [[name, *(mean_std(name, key) for key in COLUMNS)] for name in methods]
+    for other in ("deep", "perturbed"):
+        if other in methods and 1 < len(runs) <= 1 + len(T_975):
+            rows += [[], [f"minus {other}", "accuracy, points", "NLL"], ["---"] * 3]
+            rows += [[name, difference(name, other, "accuracy"), difference(name, other, "nll")]
+                     for name in methods if name != other]
+    return "\n".join(f"| {' | '.join(row)} |" if row else "" for row in rows)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -985,7 +998,7 @@ def report(runs):
 # ----------------------------------------------------------------------------------------------------------
 
 def draw_cell(axis, entries, base=(), title=""):
-    """A cell as a staircase: inputs and nodes on the diagonal; an entry runs right from its source, then down to its node.
+    """A cell as a staircase: inputs and nodes on the diagonal; an entry runs right from its source, down to its node.
 
     Entries that are not in `base` are orange.
     """
@@ -993,11 +1006,12 @@ def draw_cell(axis, entries, base=(), title=""):
         node, first = i // 2 + 2, i // 2 * 2
         color = "tab:orange" if base and [name, source] not in base[first:first + 2] else "tab:blue"
         axis.annotate("", (node, -node), (source, -source), zorder=1, arrowprops={
-            "arrowstyle": "-|>", "color": color, "shrinkA": 0, "shrinkB": 9, "connectionstyle": "angle,angleA=0,angleB=90"})
-        axis.text(node, -source, "\n".join(name.replace("_", " ").rsplit(" ", 1)), ha="center", va="center", color=color,
-                  fontsize=7, bbox={"boxstyle": "square,pad=0.15", "fc": "white", "ec": color})
+            "arrowstyle": "-|>", "color": color, "shrinkA": 0, "shrinkB": 9,
+            "connectionstyle": "angle,angleA=0,angleB=90"})
+        axis.text(node, -source, "\n".join(name.replace("_", " ").rsplit(" ", 1)), ha="center", va="center",
+                  color=color, fontsize=7, bbox={"boxstyle": "square,pad=0.15", "fc": "white", "ec": color})
     for node, label in enumerate(["c[k-2]", "c[k-1]", "0", "1", "2", "3"]):
-        axis.text(node, -node, label, ha="center", va="center", bbox={"boxstyle": "round", "fc": "lightgrey"}, zorder=3)
+        axis.text(node, -node, label, ha="center", va="center", bbox={"boxstyle": "round", "fc": "lightgrey"})
     axis.set(xlim=(-0.5, 5.6), ylim=(-5.4, 0.5), title=title)
     axis.axis("off")
 
@@ -1016,8 +1030,10 @@ def draw_response(axis, points, lambda_max):
 def draw_sizes(axis, probs, labels):
     """Accuracy of the first 1, 2, ..., M members together, and of each alone."""
     sizes = range(1, len(probs) + 1)
-    axis.plot(sizes, [100 * ensemble_metrics(probs[:m], labels)["accuracy"] for m in sizes], "o-", label="the first members together")
-    axis.plot(sizes, [100 * member_metrics(p, labels)["accuracy"] for p in probs], "x", color="grey", label="this member alone")
+    together = [100 * ensemble_metrics(probs[:m], labels)["accuracy"] for m in sizes]
+    alone = [100 * member_metrics(p, labels)["accuracy"] for p in probs]
+    axis.plot(sizes, together, "o-", label="the first members together")
+    axis.plot(sizes, alone, "x", color="grey", label="this member alone")
     axis.set(xlabel="members", ylabel="test accuracy, %", title="Accuracy against ensemble size", xticks=list(sizes))
     axis.legend(fontsize=8)
 
@@ -1035,14 +1051,16 @@ def draw_reliability(axis, probs, labels):
 
 def save_pictures(folder, base, members, response, lambda_max, probs, labels):
     import matplotlib.pyplot as plt  # here, so that a notebook keeps its own way of showing pictures
-    cells = [("base", base)] + [("lambda {lambda:.2f}, {matched_entries} of 16 entries".format(**m), m["genotype"]) for m in members[:20]]
-    figure, axes = plt.subplots(len(cells), 2, figsize=(11, 3.4 * len(cells)), squeeze=False)
+    cells = [("base", base)]
+    cells += [("lambda {lambda:.2f}, {matched_entries} of 16 entries".format(**m), m["genotype"]) for m in members[:20]]
+    figures = {}
+    figures["cells"], axes = plt.subplots(len(cells), 2, figsize=(11, 3.4 * len(cells)), squeeze=False)
     for row, (title, genotype) in zip(axes, cells):
         for axis, kind in zip(row, KINDS):
             draw_cell(axis, genotype[kind], base[kind], f"{title}: {kind} cell")
-    figures = {"cells": figure}
     for name, draw, what in (("lambda_response", draw_response, (response["points"], lambda_max)),
-                             ("ensemble_size", draw_sizes, (probs, labels)), ("reliability", draw_reliability, (probs, labels))):
+                             ("ensemble_size", draw_sizes, (probs, labels)),
+                             ("reliability", draw_reliability, (probs, labels))):
         figures[name], axis = plt.subplots(figsize=(5, 4))
         draw(axis, *what)
     for name, figure in figures.items():
@@ -1084,7 +1102,7 @@ def gather(value):
 
 
 def average_gradients(parameters):
-    """Data parallelism, all of it: each process saw its share of the batch, and the mean of the gradients is the batch's."""
+    """Data parallelism, all of it: each process saw its share of the batch; the mean gradient is the batch's."""
     if world() > 1:
         gradients = [p.grad for p in parameters if p.grad is not None]  # the same everywhere: all run one genotype
         flat = torch.cat([g.flatten() for g in gradients])
@@ -1109,13 +1127,13 @@ def number(kind, low, high=math.inf):
 
 def parse(argv=None):
     """The settings. toy, which is small, has smaller defaults."""
-    parser = argparse.ArgumentParser("nes.py", description="Neural ensemble search with diversity control.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser("nes.py", description="Neural ensemble search with diversity control.",
+                                     allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("what to run").add_argument
     add("--dataset", default="fmnist", help="fmnist, cifar10, toy, or a folder with train/<class>/ and test/<class>/")
     add("--samples", type=number(int, 1), default=5, help="members of the ensemble")
-    add("--baselines", nargs="*", choices=["all", *BASELINES], default=[], help="other ensemble searches to run beside it: "
-        + "; ".join(f"{name}: {text}" for name, text in BASELINES.items()))
+    add("--baselines", nargs="*", choices=["all", *BASELINES], default=[], help="other ensemble searches to run "
+        "beside it. " + "; ".join(f"{name}: {text}" for name, text in BASELINES.items()))
     add("--report", nargs="+", metavar="RUN", help="only compare these finished run folders, one a seed, as Markdown")
     add("--seed", type=int, default=0, help="of everything random")
     add("--device", default="auto", help="cpu, cuda, mps, or auto: the first of cuda, mps, cpu that is there")
@@ -1125,14 +1143,15 @@ def parse(argv=None):
     add("--data-dir", default="data", help="where torchvision's data sets are, or are downloaded to")
     add("--image-size", type=number(int, 8), default=32, help="side to which a folder's images are resized, pixels")
     add("--crop", type=number(int, 0), default=0, help="largest random shift in training, pixels; pays in long runs")
-    add("--no-mirror", dest="mirror", action="store_false", help="do not mirror training images (digits, text)")
+    add("--mirror", action="store_true", help="mirror half of the training images; pays in long runs, not for digits or text")
     add = parser.add_argument_group("search").add_argument
     add("--search-channels", type=number(int, 2), default=8, help="channels of the supernet's first cell")
     add("--search-cells", type=number(int, 1), default=2, help="cells of the supernet")
     add("--search-batch", type=number(int, 2), default=64, help="images of a step")
     add("--base-steps", type=number(int, 1), default=150, help="steps of the base search (DARTS)")
-    add("--hyper-steps", type=number(int, 1), default=4000, help="steps of the hypernetwork's training")
-    add("--search-lr", type=number(float, 0), default=0.05, help="learning rate of w; this and the next two fall to 0 as a cosine")
+    add("--hyper-steps", type=number(int, 1), default=3000, help="steps of the hypernetwork's training")
+    add("--search-lr", type=number(float, 0), default=0.05,
+        help="learning rate of w; this and the next two fall to 0 as a cosine")
     add("--alpha-lr", type=number(float, 0), default=0.01, help="learning rate of alpha in the base search")
     add("--hyper-lr", type=number(float, 0), default=0.06, help="learning rate of the hypernetwork")
     add("--second-order", action="store_true", help="base search by the exact second-order gradient")
@@ -1151,8 +1170,8 @@ def parse(argv=None):
     add("--cells", type=number(int, 1), default=2, help="cells of a member")
     add("--epochs", type=number(int, 1), default=3, help="epochs of a member's training")
     add("--batch", type=number(int, 2), default=64, help="images of a step")
-    add("--lr", type=number(float, 0), default=0.1, help="largest learning rate")
-    add("--weight-decay", type=number(float, 0), default=3e-4, help="weight decay")
+    add("--lr", type=number(float, 0), default=0.006, help="largest learning rate")
+    add("--weight-decay", type=number(float, 0), default=0.05, help="weight decay")
     if parser.parse_args(argv).dataset == "toy":
         parser.set_defaults(**TOY_DEFAULTS)
     args = parser.parse_args(argv)
@@ -1166,7 +1185,8 @@ def parse(argv=None):
 
 def set_up(args):
     """Choose the device, join the other processes of a torchrun, and keep freed memory."""
-    there = [name for name, found in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)) if found]
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = [name for name in found if found[name]]
     args.device = there[0] if args.device == "auto" else args.device
     if args.device.split(":")[0] not in there:
         fail(f"there is no --device {args.device} on this machine: choose from {', '.join(there)}")
@@ -1175,7 +1195,7 @@ def set_up(args):
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if "cuda" in args.device else "gloo", timeout=timedelta(days=7))
-    if platform.libc_ver()[0] == "glibc":  # which else hands each large tensor fresh memory, to be faulted in page by page
+    if platform.libc_ver()[0] == "glibc":  # else each large tensor is fresh memory, faulted in page by page
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)           # M_MMAP_MAX: no separate mapping for a large block
         libc.mallopt(-1, 2**31 - 1)   # M_TRIM_THRESHOLD: keep what was freed
@@ -1233,7 +1253,8 @@ def run(args):
     for member, record, shot in zip(members, records["ours"], shots):
         member.update(file=record["file"], one_shot=member_metrics(shot, labels["test"]),
                       test=member_metrics(record["test"], labels["test"]))
-    methods = {name: method_scores(name, records[name], search_seconds[name], labels, args.samples) for name in records}
+    methods = {name: method_scores(name, records[name], search_seconds[name], labels, args.samples)
+               for name in records}
     methods["ours, one-shot"] = {**ensemble_metrics(shots, labels["test"]), "networks": 0, "training_seconds": 0.0,
                                  "search_seconds": search_seconds["ours"]}
     if "deep" in records:
@@ -1241,7 +1262,8 @@ def run(args):
     probs = torch.stack([record["test"] for record in records["ours"]])
     results = {
         "settings": vars(args), "seconds": seconds, "base": {"genotype": base, "operations": count_operations(base)},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "torchvision": torchvision.__version__},
         "lambda_response": response, "distinct": distinct, "members": members, "methods": methods,
         "one_shot": ensemble_metrics(shots, labels["test"]), "ensemble": ensemble_metrics(probs, labels["test"])}
     if rank() == 0:
@@ -1263,11 +1285,13 @@ def print_cells(name, genotype):
 
 
 def print_response(response):
-    say(f"\nlambda  JSd/ln 2  edges of 28 (chance {CHANCE_EDGES:.0f})  entries of 16 (chance {CHANCE_ENTRIES:.1f})  operations")
+    say(f"\nlambda  JSd/ln 2  edges of 28 (chance {CHANCE_EDGES:.0f})  "
+        f"entries of 16 (chance {CHANCE_ENTRIES:.1f})  operations")
     for point in response["points"]:
         counts = ", ".join(f"{n} {op}" for op, n in count_operations(point["genotype"]).items())
         say("{lambda:6.2f}{jsd:10.3f}{matched_edges:12d}{matched_entries:25d}".format(**point) + " " * 17 + counts)
-    say("Spearman's correlation of lambda and matched edges {spearman:.3f}, calibration error {calibration_error:.3f}".format(**response))
+    say("Spearman's correlation of lambda and matched edges {spearman:.3f}, calibration error {calibration_error:.3f}"
+        .format(**response))
 
 
 def print_results(results):
@@ -1285,8 +1309,8 @@ def main(argv=None):
     """The program: parse the flags, run the method, return the results (the content of results.json)."""
     args = parse(argv)
     if args.report:
-        print(report([load(Path(folder) / "results.json") or fail(f"{folder} holds no results.json: finish that run first")
-                      for folder in args.report]))
+        print(report([load(Path(folder) / "results.json")
+                      or fail(f"{folder} holds no results.json: finish that run first") for folder in args.report]))
         return None
     set_up(args)
     try:

@@ -382,11 +382,9 @@ def test_smoothing_keeps_the_base_and_its_genotype():
     assert target.max().item() == pytest.approx(0.9 + 0.1 / 7)
     swapped = target.roll(1, dims=-1)
     share = nes.jensen_shannon(target, nes.smooth(swapped, 1e-6)).mean() / nes.largest_divergence(target)
-    args = nes.parse(["--strength", "3"])
-    assert nes.diversity_objective(target, target, 0.25, args).item() == pytest.approx(3 * 0.25 ** 2)
+    assert nes.diversity_loss(target, target, 0.25, strength=3.0).item() == pytest.approx(3 * 0.25 ** 2)
     assert 0.5 < share < 1.0
-    args.objective = "paper"
-    assert nes.diversity_objective(swapped, target, 2.0, args).item() == pytest.approx(-2 * nes.jensen_shannon(target, swapped).mean().item())
+    assert nes.diversity_loss(swapped, target, 2.0, "paper").item() == pytest.approx(-2 * nes.jensen_shannon(target, swapped).mean().item())
 
 
 # ---- 5 sampling
@@ -411,6 +409,17 @@ def test_a_thousand_architectures_in_one_shot():
     assert far["genotype"] == nes.genotype_of(p)
     assert far["jsd"] == pytest.approx(nes.jensen_shannon(p, base).mean().item() / math.log(2), rel=1e-4)
     assert far["matched_edges"] == (p.argmax(-1) == base.argmax(-1)).sum().item()
+
+
+# ---- 6 members
+
+def test_one_shot_scores_do_not_depend_on_what_was_scored_before(tmp_path):
+    args, data = nes.parse([*TINY, "--out", str(tmp_path)]), nes.load_data("toy", "", 16, seed=0)
+    net = nes.build((0, "base"), data, 4, 2)
+    first = nes.one_shot(net, nes.random_genotype(1), data, args)
+    other = nes.one_shot(net, nes.random_genotype(2), data, args)
+    assert torch.equal(nes.one_shot(net, nes.random_genotype(1), data, args), first) and not torch.allclose(other, first, atol=1e-2)
+    assert torch.allclose(first.sum(-1), torch.ones(600), atol=1e-5)
 
 
 # ---- 7 metrics, 8 response, 9 baselines
