@@ -124,6 +124,8 @@ def load_data(dataset, data_dir, image_size, seed, device="cpu"):
     for name, share in SHARES.items():
         chosen = order[start:start + int(share * len(order))]
         splits[name], start = (images[chosen], labels[chosen]), start + len(chosen)
+    if not all(len(y) for _, y in splits.values()):
+        fail(f"{dataset} has {len(order)} training images, too few for three splits: give it 20 or more")
     splits["train"] = tuple(torch.cat(both) for both in zip(splits["weights"], splits["architecture"]))
     pixels = splits["weights"][0].float() / 255
     std, mean = torch.std_mean(pixels, dim=(0, 2, 3))
@@ -175,7 +177,7 @@ def read_folder(root, size):
         for path, _ in folder.samples:
             try:
                 images.append(shape(folder.loader(path)))
-            except OSError as error:
+            except Exception as error:  # a damaged image raises OSError, SyntaxError or ValueError
                 fail(f"cannot read the image {path} ({error}): remove or replace it")
         parts.append((torch.stack(images), torch.tensor(folder.targets), folder.classes))
     (train, y_train, classes), (test, y_test, test_classes) = parts
@@ -773,7 +775,7 @@ def train_member(genotype, index, data, args, path):
             log_row(path.stem, step + 1, steps, record["seconds"], f"train {mean:.3f}")
             save(path, record)
     del record["optimizer"]
-    record.update(network=[x.shape[1], len(data.classes), args.channels, args.cells, genotype],
+    record.update(network=[data.splits["test"][0].shape[1], len(data.classes), args.channels, args.cells, genotype],
                   **{split: predict(net, data, split) for split in ("selection", "test")})
     save(path, record)
     return record
@@ -852,8 +854,8 @@ def member_metrics(probs, labels):
 def lambda_response(hyper, target, lambda_max, count=11):
     """`sample` on a grid of lambda, and two numbers that say how well lambda is obeyed.
 
-    spearman: rank correlation of lambda and matched edges; calibration_error: mean distance of the share of matched
-    edges from 1 - lambda / lambda_max.
+    spearman: rank correlation of lambda and matched edges, 0 where these never change; calibration_error: mean
+    distance of the share of matched edges from 1 - lambda / lambda_max.
     """
     points = sample(hyper, target, torch.linspace(0, lambda_max, count).tolist())
     lam = torch.tensor([point["lambda"] for point in points], dtype=torch.double)
@@ -861,7 +863,7 @@ def lambda_response(hyper, target, lambda_max, count=11):
     # Ranks, equal values sharing theirs: how many are smaller, and half of those that are equal.
     ranks = lambda v: ((v[:, None] > v).double() + (v[:, None] == v).double() / 2).sum(dim=1)
     return {"points": points,
-            "spearman": torch.corrcoef(torch.stack([ranks(lam), ranks(matched)]))[0, 1].item(),
+            "spearman": torch.corrcoef(torch.stack([ranks(lam), ranks(matched)]))[0, 1].nan_to_num().item(),
             "calibration_error": (matched / (2 * len(EDGES)) - 1 + lam / lambda_max).abs().mean().item()}
 
 
@@ -1168,7 +1170,7 @@ def parse(argv=None):
     add = parser.add_argument_group("members").add_argument
     add("--channels", type=number(int, 2), default=16, help="channels of a member's first cell")
     add("--cells", type=number(int, 1), default=2, help="cells of a member")
-    add("--epochs", type=number(int, 1), default=3, help="epochs of a member's training")
+    add("--epochs", type=number(int, 1), default=4, help="epochs of a member's training")
     add("--batch", type=number(int, 2), default=64, help="images of a step")
     add("--lr", type=number(float, 0), default=0.006, help="largest learning rate")
     add("--weight-decay", type=number(float, 0), default=0.05, help="weight decay")

@@ -452,6 +452,7 @@ def test_lambda_response_of_a_perfect_and_of_a_flat_dial():
     base = nes.smooth(torch.rand(2, 14, 7, generator=nes.rng("b")), 0.1)
     flat = nes.lambda_response(nes.HyperNetwork(base.log()), base, 1.0, count=5)
     assert flat["calibration_error"] == pytest.approx(0.5)  # mean of lambda: every edge is always matched
+    assert flat["spearman"] == 0
     hyper = nes.HyperNetwork(base.log(), pivots=29)
     for k in range(29):  # at pivot k the first k edges have moved
         hyper.table.data[k].view(28, 7)[:k] = base.log().roll(1, dims=-1).view(28, 7)[:k]
@@ -544,6 +545,16 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_result(finished, tmp_path):
     assert without_times(run_tiny(tmp_path / "run", "--baselines", "all")) == without_times(finished[1])
 
 
+def test_killed_between_the_last_step_and_the_scores(finished, tmp_path):
+    data, args = nes.load_data("toy", "", 16, seed=0), nes.parse([*TINY, "--out", str(tmp_path)])
+    record = nes.load(finished[0] / finished[1]["members"][0]["file"])
+    optimizer = torch.optim.AdamW(nes.Network(*record["network"]).parameters())
+    scores = {name: record.pop(name) for name in ("selection", "test", "network")}
+    nes.save(tmp_path / "m.pt", {**record, "optimizer": optimizer.state_dict()})
+    again = nes.train_member(record["genotype"], 0, data, args, tmp_path / "m.pt")
+    assert torch.equal(again["test"], scores["test"]) and again["network"] == scores["network"]
+
+
 def distributed_gradients(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.manual_seed(0)
@@ -601,6 +612,8 @@ def test_cuda_where_there_is_none(capsys, tmp_path):
 def test_bad_folders(capsys, tmp_path):
     write_images(tmp_path / "one", classes=("only",))
     bad(capsys, ["--dataset", str(tmp_path / "one"), "--out", str(tmp_path / "o")], "two or more")
+    write_images(tmp_path / "few", count=1)
+    bad(capsys, ["--dataset", str(tmp_path / "few"), "--out", str(tmp_path / "o")], "too few")
     write_images(tmp_path / "two")
     (tmp_path / "two" / "train" / "a" / "5.png").write_bytes(b"not a picture")
     bad(capsys, ["--dataset", str(tmp_path / "two"), "--out", str(tmp_path / "o")], "5.png", "remove or replace")
