@@ -245,7 +245,7 @@ class DepthwiseGradients(torch.autograd.Function):
         dL/dx = conv(g with s - 1 zeros between its pixels, flipped w, dilation d, padding p)
         dL/dw = sum_B conv(x, kernel g, stride d, dilation s, padding p), its first k x k values
     Exact. Most of a DARTS step on a CPU is this gradient, and PyTorch's CPU kernels run a depthwise convolution
-    with 5 taps or a dilation 3 to 12 times faster forward than backward; the README has the measured gain.
+    with 5 taps or a dilation much faster forward than backward.
     """
 
     @staticmethod
@@ -312,8 +312,8 @@ def pool(layer, C):
     return nn.Sequential(layer, nn.BatchNorm2d(C, affine=False))
 
 
-# The seven operations O of DARTS: (C, stride, affine) -> module. The last four, and the skip that halves H and W,
-# begin with a ReLU, which is not in the module: the edges that leave a node share it (see Source).
+# The seven operations O of DARTS: (C, stride, affine) -> module. Those with parameters begin with a ReLU, which is
+# not in the module: the edges that leave a node share it (see Source).
 OPERATIONS = {
     "max_pool_3x3": lambda C, stride, affine: pool(nn.MaxPool2d(3, stride, 1), C),
     "avg_pool_3x3": lambda C, stride, affine: pool(nn.AvgPool2d(3, stride, 1, count_include_pad=False), C),
@@ -360,10 +360,10 @@ class MixedOp(nn.Module):
         total = 0
         for name in self.ops if operations is None else operations:
             op = self.ops[name]
-            if "pool" in name:  # has no parameters, so any edge's own computes it for all edges of this source
+            if next(op.parameters(), None) is not None:
+                y = op(source.apply("relu", F.relu))
+            else:  # pooling and identity: with nothing of its own, one edge computes it for all edges of this source
                 y = source.apply((name, self.stride), op)
-            else:
-                y = op(source.x if isinstance(op, nn.Identity) else source.apply("relu", F.relu))
             total = total + (y if weights is None else weights[NAMES.index(name)] * y)
         return total
 
@@ -713,11 +713,11 @@ def predict(net, data, split, genotype=None):
 
 
 @torch.no_grad()
-def one_shot(net, genotype, data, args):
-    """The supernet's test probabilities (N, Y) as one discrete network: no training at all.
+def one_shot(net, genotype, data, args, split="test"):
+    """The supernet's probabilities (N, Y) on a split as one discrete network: no training at all.
 
     One set of weights serves many architectures, so batch norm's statistics are taken anew for each, from training
-    batches, as plain averages (momentum None).
+    batches, as plain averages (momentum None, which stays set: the search itself never reads these statistics).
     """
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -726,7 +726,7 @@ def one_shot(net, genotype, data, args):
     net.train()
     for step in range(20):
         net(draw_batch(data, "weights", 256, step, (args.seed, "recalibration"))[0], None, genotype)
-    return predict(net, data, "test", genotype)
+    return predict(net, data, split, genotype)
 
 
 def build(key, data, channels, cells, genotype=None):
@@ -867,6 +867,7 @@ def lambda_response(hyper, target, lambda_max, count=11):
             "calibration_error": (matched / (2 * len(EDGES)) - 1 + lam / lambda_max).abs().mean().item()}
 
 
+# Chance, for the seven operations that this file defines
 CHANCE_EDGES = 2 * len(EDGES) / len(NAMES)  # a random operation on each edge matches the base's on 4 of 28
 CHANCE_ENTRIES = sum(2 * 2 * 2 / (node + 2) / len(NAMES) for node in range(NODES))  # and a random genotype 1.5 of 16
 
@@ -1052,6 +1053,7 @@ def draw_reliability(axis, probs, labels):
 
 
 def save_pictures(folder, base, members, response, lambda_max, probs, labels):
+    """Write cells.png (of the first 20 members), lambda_response.png, ensemble_size.png and reliability.png."""
     import matplotlib.pyplot as plt  # here, so that a notebook keeps its own way of showing pictures
     cells = [("base", base)]
     cells += [("lambda {lambda:.2f}, {matched_entries} of 16 entries".format(**m), m["genotype"]) for m in members[:20]]
@@ -1128,7 +1130,7 @@ def number(kind, low, high=math.inf):
 
 
 def parse(argv=None):
-    """The settings. toy, which is small, has smaller defaults."""
+    """The settings; toy, which is small, has smaller defaults. `set_up` turns the device "auto" into a real one."""
     parser = argparse.ArgumentParser("nes.py", description="Neural ensemble search with diversity control.",
                                      allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("what to run").add_argument

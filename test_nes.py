@@ -312,8 +312,18 @@ def test_second_order_gradient_against_finite_differences():
     net = nes.Network(1, 3, 2, 1).double()
     batches = [(torch.randn(4, 1, 8, 8, dtype=torch.double), torch.tensor([0, 1, 2, 0])) for _ in range(2)]
     alpha = torch.randn(2, 14, 7, dtype=torch.double, requires_grad=True)
-    loss = lambda a: nes.second_order_loss(net, *batches, a.softmax(-1), 0.5)
-    gradient, = torch.autograd.grad(loss(alpha), alpha)
+    mine = nes.second_order_loss(net, *batches, alpha.softmax(-1), 0.5)
+    gradient, = torch.autograd.grad(mine, alpha)
+
+    def loss(a):  # the definition, step by step: copy the network, take the inner step, look at the validation loss
+        stepped, ((x, y), (x_val, y_val)) = copy.deepcopy(net), batches
+        F.cross_entropy(stepped(x, a.detach().softmax(-1)), y).backward()
+        with torch.no_grad():
+            for p in stepped.parameters():
+                p -= 0.5 * p.grad
+            return F.cross_entropy(stepped(x_val, a.softmax(-1)), y_val)
+
+    assert mine.item() == pytest.approx(loss(alpha).item())
     first_order, = torch.autograd.grad(F.cross_entropy(net(batches[1][0], alpha.softmax(-1)), batches[1][1]), alpha)
     for index in [(0, 0, 3), (0, 5, 0), (0, 9, 6), (0, 13, 2)]:
         step = torch.zeros_like(alpha)
@@ -335,6 +345,22 @@ def test_a_weight_step_leaves_alpha_alone_and_the_reverse(tmp_path, frozen):
     moved = any(not torch.equal(a, b) for a, b in zip(before, net.parameters()))
     assert moved == (frozen == "alpha_lr")
     assert torch.equal(p, start.softmax(-1)) == (frozen == "alpha_lr")
+
+
+def test_one_round_of_the_search_is_one_sgd_step_on_w_then_one_adam_step_on_alpha(tmp_path):
+    args, data = nes.parse([*TINY, "--out", str(tmp_path), "--base-steps", "1"]), nes.load_data("toy", "", 16, seed=0)
+    net = nes.build((0, "base"), data, 4, 2)
+    mine = copy.deepcopy(net)
+    alpha = nn.Parameter(1e-3 * torch.randn(2, 14, 7, generator=nes.rng(0, "base")))
+    p, _ = nes.base_search("base", net, data, args)
+    (x, y), (x_val, y_val) = (nes.draw_batch(data, split, 16, 0, (0, "base", split)) for split in ("weights", "architecture"))
+    F.cross_entropy(mine(x, alpha.detach().softmax(-1)), y).backward()
+    nn.utils.clip_grad_norm_(mine.parameters(), 5.0)
+    torch.optim.SGD(mine.parameters(), args.search_lr, momentum=0.9, weight_decay=3e-4).step()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(net.parameters(), mine.parameters()))
+    alpha.grad, = torch.autograd.grad(F.cross_entropy(mine(x_val, alpha.softmax(-1)), y_val), alpha)
+    torch.optim.Adam([alpha], args.alpha_lr, betas=(0.5, 0.999)).step()
+    assert torch.allclose(p, alpha.softmax(-1), atol=1e-5)
 
 
 # ---- 4 JSd and hypernetwork
@@ -543,6 +569,23 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_result(finished, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.communicate()
     assert without_times(run_tiny(tmp_path / "run", "--baselines", "all")) == without_times(finished[1])
+
+
+def test_a_member_stopped_half_way_goes_on_to_the_same_weights(finished, tmp_path, monkeypatch):
+    data, args = nes.load_data("toy", "", 16, seed=0), nes.parse([*TINY, "--out", str(tmp_path)])
+    whole = nes.load(finished[0] / finished[1]["members"][0]["file"])
+
+    def save_and_stop(path, state, save=nes.save):
+        save(path, state)
+        if state["step"] == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(nes, "save", save_and_stop)
+        nes.train_member(whole["genotype"], 0, data, args, tmp_path / "m.pt")
+    again = nes.train_member(whole["genotype"], 0, data, args, tmp_path / "m.pt")
+    assert again["step"] == whole["step"] > 4 and torch.equal(again["test"], whole["test"])
+    assert all(torch.equal(again["net"][name], value) for name, value in whole["net"].items())
 
 
 def test_killed_between_the_last_step_and_the_scores(finished, tmp_path):
