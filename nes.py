@@ -8,8 +8,8 @@ to run it on real data and to believe the result.
     5 sampling   6 members: one shot, and trained   7 the ensemble   8 the lambda response
     9 other ensemble searches   10 pictures   11 the run: processes, settings, main
 
-    python nes.py --dataset fmnist --samples 5      # the whole method on Fashion-MNIST; 93.0 % (one shot 88.0 %) in 13 min on 2 cores
-    python nes.py --dataset toy --samples 3         # the same on drawn shapes, in about a minute
+    python nes.py --dataset fmnist --samples 5    # Fashion-MNIST: 93.0 % (one shot 88.0 %) in 13 min on 2 cores
+    python nes.py --dataset toy --samples 3       # the same on drawn shapes, in about a minute
 
 Letters for shapes: B batch, C channels, H and W height and width, O = 7 operations, E = 14 edges of a cell,
 K pivots, M members, N points, Y classes. alpha is always (2, E, O): first the normal cell, then the reduction cell.
@@ -901,7 +901,10 @@ def perturb(base, changes, *key):
 
 
 def forward_selection(probs, labels, count):
-    """Indices of `count` members of a pool (P, N, Y): each lowers the ensemble's NLL most (NES-RS, Zaidi et al. 2021)."""
+    """Indices of `count` members of a pool, probs (P, N, Y), labels (N,): each in turn lowers the ensemble's NLL most.
+
+    The selection of NES-RS (Zaidi et al., 2021).
+    """
     chosen = []
     for _ in range(count):
         rest = [i for i in range(len(probs)) if i not in chosen]
@@ -1133,6 +1136,7 @@ def parse(argv=None):
     """The settings; toy, which is small, has smaller defaults. `set_up` turns the device "auto" into a real one."""
     parser = argparse.ArgumentParser("nes.py", description="Neural ensemble search with diversity control.",
                                      allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: fail(f"{message}; see --help")
     add = parser.add_argument_group("what to run").add_argument
     add("--dataset", default="fmnist", help="fmnist, cifar10, toy, or a folder with train/<class>/ and test/<class>/")
     add("--samples", type=number(int, 1), default=5, help="members of the ensemble")
@@ -1147,7 +1151,8 @@ def parse(argv=None):
     add("--data-dir", default="data", help="where torchvision's data sets are, or are downloaded to")
     add("--image-size", type=number(int, 8), default=32, help="side to which a folder's images are resized, pixels")
     add("--crop", type=number(int, 0), default=0, help="largest random shift in training, pixels; pays in long runs")
-    add("--mirror", action="store_true", help="mirror half of the training images; pays in long runs, not for digits or text")
+    add("--mirror", action="store_true",
+        help="mirror half of the training images; pays in long runs, not for digits or text")
     add = parser.add_argument_group("search").add_argument
     add("--search-channels", type=number(int, 2), default=8, help="channels of the supernet's first cell")
     add("--search-cells", type=number(int, 1), default=2, help="cells of the supernet")

@@ -17,12 +17,14 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import numpy
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from nbclient import NotebookClient
 
 import nes
 
@@ -632,7 +634,7 @@ def bad(capsys, argv, *words):
     with pytest.raises(SystemExit) as stop:
         nes.main(argv)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and "Traceback" not in error
+    assert stop.value.code == 2 and error.startswith("nes.py: error: ") and error.count("\n") == 1  # one sentence
     for word in words:
         assert word in error, error
     return error
@@ -704,6 +706,27 @@ def test_real_fashion_mnist_is_learned(tmp_path):
     record = nes.train_member(nes.random_genotype(0), 0, small, args, tmp_path / "m.pt")
     accuracy = (record["test"].argmax(-1) == data.splits["test"][1]).double().mean().item()
     assert 0.6 < accuracy < 0.95
+
+
+TUTORIAL = Path(__file__).with_name("tutorial.ipynb")
+
+
+def test_the_tutorial_was_saved_as_it_ran():
+    notebook = nbformat.read(TUTORIAL, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))   # once, from top to bottom
+    outputs = [output for cell in code for output in cell.outputs]
+    assert all(output.output_type in ("stream", "display_data") for output in outputs)
+    assert sum("image/png" in output.get("data", ()) for output in outputs) >= 20
+    assert all(len(cell.source.splitlines()) <= 15 for cell in code) and TUTORIAL.stat().st_size < 3e6
+
+
+def test_the_tutorial_runs(monkeypatch):
+    monkeypatch.setenv("NES_TUTORIAL_QUICK", "1")
+    notebook = nbformat.read(TUTORIAL, as_version=4)
+    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(TUTORIAL.parent)}}).execute()  # raises
+    text = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
+    assert "largest difference of the logits" in text and "keys of the results" in text
 
 
 if __name__ == "__main__":
