@@ -496,6 +496,7 @@ def search(phase, net, architecture, draw, steps, data, args, second_order=False
     mixture; the regulariser). Updates the modules net and architecture; returns {"history": rows of (step, training
     loss, validation loss, regulariser), "seconds"}. The base search and the hypernetwork differ only in their draw.
     """
+    check_settings(args)
     path = Path(args.out) / f"{phase}.pt"
     a_lr = args.hyper_lr if phase == "hyper" else args.alpha_lr
     w_optimizer = torch.optim.SGD(net.parameters(), args.search_lr, momentum=0.9, weight_decay=3e-4)
@@ -795,6 +796,7 @@ def train_members(jobs, data, args):
     Returns their records in the order of jobs, without weights. A network's file is named by its genotype and
     index: methods that ask for the same network share it, and so does a later run with more samples.
     """
+    check_settings(args)
     names = [f"{hashlib.sha256(json.dumps(genotype).encode()).hexdigest()[:8]}-{index}" for genotype, index in jobs]
     distinct, records = list(dict(zip(names, jobs)).items()), {}
     for i in range(rank(), len(distinct), world()):
@@ -855,7 +857,8 @@ def lambda_response(hyper, target, lambda_max, count=11):
     """`sample` on a grid of lambda, and two numbers that say how well lambda is obeyed.
 
     spearman: rank correlation of lambda and matched edges, 0 where these never change; calibration_error: mean
-    distance of the share of matched edges from 1 - lambda / lambda_max.
+    distance of the share of matched edges from 1 - lambda (from 1 - lambda / lambda_max where lambda exceeds 1, as
+    it may with the paper's objective).
     """
     points = sample(hyper, target, torch.linspace(0, lambda_max, count).tolist())
     lam = torch.tensor([point["lambda"] for point in points], dtype=torch.double)
@@ -864,7 +867,7 @@ def lambda_response(hyper, target, lambda_max, count=11):
     ranks = lambda v: ((v[:, None] > v).double() + (v[:, None] == v).double() / 2).sum(dim=1)
     return {"points": points,
             "spearman": torch.corrcoef(torch.stack([ranks(lam), ranks(matched)]))[0, 1].nan_to_num().item(),
-            "calibration_error": (matched / (2 * len(EDGES)) - 1 + lam / lambda_max).abs().mean().item()}
+            "calibration_error": (matched / (2 * len(EDGES)) - 1 + lam / max(1, lambda_max)).abs().mean().item()}
 
 
 # Chance, for the seven operations that this file defines
@@ -1027,7 +1030,7 @@ def draw_response(axis, points, lambda_max):
     lam = [point["lambda"] for point in points]
     axis.plot(lam, [point["matched_edges"] / (2 * len(EDGES)) for point in points], "o-", label="matched edges / 28")
     axis.plot(lam, [point["jsd"] for point in points], "s-", label="JSd / ln 2")
-    axis.plot([0, lambda_max], [1, 0], ":", color="grey", label="1 - lambda / lambda_max")
+    axis.plot([0, lambda_max], [1, 1 - min(1, lambda_max)], ":", color="grey", label="the ideal for matched edges")
     axis.axhline(1 / len(NAMES), ls="--", color="grey", label="matched by chance")
     axis.set(xlabel="lambda", ylabel="share", title="The lambda response")
     axis.legend(fontsize=8)
@@ -1211,7 +1214,9 @@ def set_up(args):
 
 
 def check_settings(args):
-    """Refuse a run folder that other settings made; else note the settings there."""
+    """Refuse a run folder that other settings made, before anything in it is used; else note the settings there."""
+    if rank() > 0:
+        return
     path = Path(args.out) / "settings.json"
     now = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
     before = load(path) or now
@@ -1229,8 +1234,6 @@ def run(args):
         if turn == min(rank(), 1):
             data = load_data(args.dataset, args.data_dir, args.image_size, args.seed, args.device)
         share(None)
-    if rank() == 0:
-        check_settings(args)
     labels = {split: data.splits[split][1].cpu() for split in ("selection", "test")}
     say("data: " + "  ".join(f"{name} {len(y)}" for name, (_, y) in data.splits.items()))
 

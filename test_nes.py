@@ -481,11 +481,12 @@ def test_lambda_response_of_a_perfect_and_of_a_flat_dial():
     flat = nes.lambda_response(nes.HyperNetwork(base.log()), base, 1.0, count=5)
     assert flat["calibration_error"] == pytest.approx(0.5)  # mean of lambda: every edge is always matched
     assert flat["spearman"] == 0
-    hyper = nes.HyperNetwork(base.log(), pivots=29)
-    for k in range(29):  # at pivot k the first k edges have moved
-        hyper.table.data[k].view(28, 7)[:k] = base.log().roll(1, dims=-1).view(28, 7)[:k]
-    dial = nes.lambda_response(hyper, base, 1.0, count=29)
-    assert dial["spearman"] == pytest.approx(-1) and dial["calibration_error"] == pytest.approx(0, abs=1e-6)
+    for lambda_max, edges in ((1.0, 28), (0.5, 14), (4.0, 28)):  # a share, half of the range, and beyond a share
+        hyper = nes.HyperNetwork(base.log(), edges + 1, lambda_max)
+        for k in range(edges + 1):  # at pivot k the first k edges have moved
+            hyper.table.data[k].view(28, 7)[:k] = base.log().roll(1, dims=-1).view(28, 7)[:k]
+        dial = nes.lambda_response(hyper, base, lambda_max, count=edges + 1)
+        assert dial["spearman"] == pytest.approx(-1) and dial["calibration_error"] == pytest.approx(0, abs=1e-6)
 
 
 def test_baselines_are_what_they_say():
@@ -692,6 +693,18 @@ def test_other_settings_damaged_checkpoint_and_nan_lose_nothing(capsys, finished
     assert without_times(run_tiny(out, "--baselines", "all")) == without_times(finished[1])
     error = bad(capsys, [*TINY, "--out", str(tmp_path / "nan"), "--lr", "1e30"], "not a number", "--lr")
     assert "step" in error and (tmp_path / "nan" / "hyper.pt").exists()
+
+
+def test_a_run_folder_belongs_to_its_settings_also_for_one_who_calls_the_functions(tmp_path):
+    data, args = nes.load_data("toy", "", 16, 0), nes.parse([*TINY, "--out", str(tmp_path)])
+    args.device = "cpu"
+    net = nes.build((0,), data, 4, 2)
+    nes.base_search("base", net, data, args)
+    args.search_lr = 0.01
+    for train in (lambda: nes.base_search("base", net, data, args),
+                  lambda: nes.train_members([(nes.random_genotype(0), 0)], data, args)):
+        with pytest.raises(SystemExit):
+            train()
 
 
 @pytest.mark.skipif(not (nes.DEBIAN_FASHION_MNIST.exists() or Path("data/FashionMNIST/raw").exists()), reason="no Fashion-MNIST here")
