@@ -105,6 +105,7 @@ class Data(NamedTuple):
     classes: list        # names
     mean: torch.Tensor   # (C, 1, 1), of the weights split, pixels scaled to [0, 1]
     std: torch.Tensor
+    digest: str = ""     # of all pixels and labels: a run folder notices that they were changed
 
 
 def load_data(dataset, data_dir, image_size, seed, device="cpu"):
@@ -118,6 +119,7 @@ def load_data(dataset, data_dir, image_size, seed, device="cpu"):
         (train, classes), (test, _) = read_torchvision(TORCHVISION[dataset], data_dir)
     else:
         train, test, classes = read_folder(Path(dataset), image_size)
+    digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in (*train, *test))).hexdigest()[:8]
     images, labels = train
     order = torch.randperm(len(labels), generator=rng(seed, "splits"))
     splits, start = {"test": test}, 0
@@ -130,7 +132,8 @@ def load_data(dataset, data_dir, image_size, seed, device="cpu"):
     pixels = splits["weights"][0].float() / 255
     std, mean = torch.std_mean(pixels, dim=(0, 2, 3))
     splits = {name: (x.to(device), y.to(device)) for name, (x, y) in splits.items()}
-    return Data(splits, classes, mean.view(-1, 1, 1).to(device), std.clamp_min(1e-3).view(-1, 1, 1).to(device))
+    mean, std = mean.view(-1, 1, 1), std.clamp_min(1e-3).view(-1, 1, 1)
+    return Data(splits, classes, mean.to(device), std.to(device), digest)
 
 
 def read_torchvision(dataset_class, root):
@@ -503,8 +506,9 @@ def search(phase, net, architecture, draw, steps, data, args, second_order=False
     a_optimizer = torch.optim.Adam(architecture.parameters(), a_lr, betas=(0.5, 0.999))
     modules = {"net": net, "architecture": architecture, "w_optimizer": w_optimizer, "a_optimizer": a_optimizer}
     state = share(load(path) if rank() == 0 else None) or {"step": 0, "history": [], "seconds": 0.0}
-    for name, module in modules.items():
-        if name in state:
+    if state["step"]:
+        say(f"{phase}: found at step {state['step']} of {steps} in {args.out}")
+        for name, module in modules.items():
             module.load_state_dict(state[name])
     net.train()
     part = slice(rank(), None, world())  # this process's share of a batch
@@ -743,8 +747,8 @@ def train_member(genotype, index, data, args, path):
 
     index: numbers the networks of one genotype, which differ in initial weights and batches. AdamW, its learning rate
     rising over the first fifth of the steps and falling to zero over the rest; the last weights are kept, there is no
-    maximum over epochs. Returns the finished record: genotype, index, seconds, net (the weights), network (what
-    `load_member` needs), and the probabilities (N, Y) on "selection" and "test".
+    maximum over epochs. Returns the finished record: genotype, index, seconds, net (the weights), what `load_member`
+    needs (network, classes, mean, std), and the probabilities (N, Y) on "selection" and "test".
     """
     record = load(path) or {"genotype": genotype, "index": index, "step": 0, "seconds": 0.0}
     if "test" in record:
@@ -753,6 +757,7 @@ def train_member(genotype, index, data, args, path):
     net = build(key, data, args.channels, args.cells, genotype)
     optimizer = torch.optim.AdamW(net.parameters(), args.lr, (0.9, 0.99), weight_decay=args.weight_decay)
     if record["step"]:
+        say(f"{path.stem}: found at step {record['step']}")
         net.load_state_dict(record["net"])
         optimizer.load_state_dict(record["optimizer"])
     steps = max(1, args.epochs * len(data.splits["train"][1]) // args.batch)
@@ -777,17 +782,22 @@ def train_member(genotype, index, data, args, path):
             save(path, record)
     del record["optimizer"]
     record.update(network=[data.splits["test"][0].shape[1], len(data.classes), args.channels, args.cells, genotype],
+                  classes=data.classes, mean=data.mean.cpu(), std=data.std.cpu(),
                   **{split: predict(net, data, split) for split in ("selection", "test")})
     save(path, record)
     return record
 
 
 def load_member(path):
-    """A trained member (a Network, ready to predict) from its checkpoint."""
-    record = load(Path(path))
+    """A trained member from its checkpoint: a Network, and a Data without images, which tells how to use it.
+
+    net, data = load_member(path); probs = net(normalise(data, images)).softmax(-1), with images (B, C, H, W) uint8,
+    of the size that it was trained on; probs[:, k] is the probability of data.classes[k].
+    """
+    record = load(Path(path)) or fail(f"there is no {path}: results.json names the file of each member")
     net = Network(*record["network"])
     net.load_state_dict(record["net"])
-    return net.eval()
+    return net.eval(), Data({}, record["classes"], record["mean"], record["std"])
 
 
 def train_members(jobs, data, args):
@@ -975,8 +985,14 @@ def report(runs):
     """Markdown: the methods of finished runs (their results, one run a seed) side by side, mean +- standard deviation.
 
     Then, from two runs on, each method's differences to "deep" and to "perturbed", paired by seed, with the 95 %
-    interval of Student's t.
+    interval of Student's t. Runs that differ in more than the seed are refused.
     """
+    settings = [{k: v for k, v in run["settings"].items() if k not in FREE_TO_CHANGE - {"samples"} | {"seed"}}
+                for run in runs]
+    if any(other != settings[0] for other in settings) or len({run["settings"]["seed"] for run in runs}) < len(runs):
+        fail("--report compares runs of different seeds and otherwise the same settings: "
+             + ", ".join(run["settings"]["out"] for run in runs) + " are not")
+
     def values(name, key):
         return COLUMNS[key][1] * torch.tensor([run["methods"][name][key] for run in runs], dtype=torch.double)
 
@@ -994,12 +1010,16 @@ def report(runs):
     methods = [name for name in runs[0]["methods"] if all(name in run["methods"] for run in runs)]
     rows = [["method", *(title for title, _, _ in COLUMNS.values())], ["---"] * (1 + len(COLUMNS))]
     rows += [[name, *(mean_std(name, key) for key in COLUMNS)] for name in methods]
+    legend = ""
+    if len(runs) > 1:
+        legend = (f"\n\nMean +- standard deviation over {len(runs)} seeds. Differences are paired by seed, with the 95 % "
+                  "interval of Student's t: where it covers zero, nothing was shown.")
     for other in ("deep", "perturbed"):
         if other in methods and 1 < len(runs) <= 1 + len(T_975):
             rows += [[], [f"minus {other}", "accuracy, points", "NLL"], ["---"] * 3]
             rows += [[name, difference(name, other, "accuracy"), difference(name, other, "nll")]
                      for name in methods if name != other]
-    return "\n".join(f"| {' | '.join(row)} |" if row else "" for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" if row else "" for row in rows) + legend
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1061,7 +1081,7 @@ def draw_reliability(axis, probs, labels):
 def save_pictures(folder, base, members, response, lambda_max, probs, labels):
     """Write cells.png (of the first 20 members), lambda_response.png, ensemble_size.png and reliability.png."""
     import matplotlib.pyplot as plt  # here, so that a notebook keeps its own way of showing pictures
-    cells = [("base", base)]
+    cells = [("base (below, orange is what it has not)", base)]
     cells += [("lambda {lambda:.2f}, {matched_entries} of 16 entries".format(**m), m["genotype"]) for m in members[:20]]
     figures = {}
     figures["cells"], axes = plt.subplots(len(cells), 2, figsize=(11, 3.4 * len(cells)), squeeze=False)
@@ -1129,7 +1149,8 @@ def number(kind, low, high=math.inf):
     """An argparse type: an int or a float within bounds."""
     def check(text):
         if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+            raise argparse.ArgumentTypeError(f"{text} is not {low} or more" if high == math.inf else
+                                             f"{text} is not between {low} and {high}")
         return kind(text)
     check.__name__ = kind.__name__
     return check
@@ -1148,7 +1169,7 @@ def parse(argv=None):
     add("--report", nargs="+", metavar="RUN", help="only compare these finished run folders, one a seed, as Markdown")
     add("--seed", type=int, default=0, help="of everything random")
     add("--device", default="auto", help="cpu, cuda, mps, or auto: the first of cuda, mps, cpu that is there")
-    add("--out", help="run folder (default: runs/<dataset>-<objective>-<seed>)")
+    add("--out", help="run folder; None: runs/<dataset>-<objective>-<seed>")
     add("--log-every", type=number(int, 1), default=100, help="steps between log rows, and between checkpoints")
     add = parser.add_argument_group("data").add_argument
     add("--data-dir", default="data", help="where torchvision's data sets are, or are downloaded to")
@@ -1191,6 +1212,7 @@ def parse(argv=None):
         parser.error("--lambda-max must be above 0 and, with --objective target, whose lambda is a share, at most 1")
     if "all" in args.baselines:
         args.baselines = list(BASELINES)
+    args.dataset = str(Path(args.dataset))  # the same folder with a slash at its end is the same
     args.out = args.out or f"runs/{Path(args.dataset).name}-{args.objective}-{args.seed}"
     return args
 
@@ -1214,14 +1236,15 @@ def set_up(args):
 
 
 def check_settings(args):
-    """Refuse a run folder that other settings made, before anything in it is used; else note the settings there."""
+    """Refuse a run folder that other settings or images made, before it is used; else note the settings there."""
     if rank() > 0:
         return
     path = Path(args.out) / "settings.json"
     now = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
     before = load(path) or now
     if before != now:
-        changed = [f"--{name.replace('_', '-')} {before.get(name)} (now {now.get(name)})"
+        changed = ["other images" if name == "digest" else
+                   f"--{name.replace('_', '-')} {before.get(name)} (now {now.get(name)})"
                    for name in sorted(before | now) if before.get(name) != now.get(name)]
         fail(f"{args.out} holds a run with {', '.join(changed)}: choose another --out, or those settings")
     save(path, json.dumps(now, indent=1))
@@ -1234,6 +1257,7 @@ def run(args):
         if turn == min(rank(), 1):
             data = load_data(args.dataset, args.data_dir, args.image_size, args.seed, args.device)
         share(None)
+    args.digest = data.digest
     labels = {split: data.splits[split][1].cpu() for split in ("selection", "test")}
     say("data: " + "  ".join(f"{name} {len(y)}" for name, (_, y) in data.splits.items()))
 

@@ -504,11 +504,15 @@ def test_baselines_are_what_they_say():
 def test_report_pairs_the_seeds(tmp_path, capsys):
     for seed, (deep, ours) in enumerate([(0.90, 0.92), (0.80, 0.83), (0.85, 0.86)]):
         methods = {name: {"accuracy": value, "nll": 1 - value} for name, value in (("deep", deep), ("ours", ours))}
-        nes.save(tmp_path / str(seed) / "results.json", json.dumps({"methods": methods}))
+        settings = {"seed": seed, "epochs": 1, "out": f"run {seed}"}
+        nes.save(tmp_path / str(seed) / "results.json", json.dumps({"methods": methods, "settings": settings}))
     nes.main(["--report", *(str(tmp_path / str(seed)) for seed in range(3))])
     text = capsys.readouterr().out
     assert "| ours | 87.00 +- 4.58 | 0.1300 +- 0.0458 |" in text
     assert "| ours | +2.00 [-0.48, +4.48] | -0.0200 [-0.0448, +0.0048] |" in text  # 4.303 * 1 / sqrt(3) = 2.484
+    bad(capsys, ["--report", str(tmp_path / "0"), str(tmp_path / "1"), str(tmp_path / "0")], "different seeds", "run 1")
+    nes.save(tmp_path / "3" / "results.json", json.dumps({"methods": methods, "settings": {"seed": 3, "epochs": 2, "out": "run 3"}}))
+    bad(capsys, ["--report", str(tmp_path / "0"), str(tmp_path / "3")], "same settings", "run 3")
 
 
 # ---- 11 the run
@@ -538,10 +542,11 @@ def test_a_run_leaves_what_it_promises(finished):
 
 def test_a_reloaded_member_predicts_the_same(finished):
     out, results = finished
-    data = nes.load_data("toy", "", 16, seed=0)
+    images = nes.load_data("toy", "", 16, seed=0).splits["test"][0]
     for member in results["members"]:
-        probs = nes.predict(nes.load_member(out / member["file"]), data, "test")
-        assert torch.allclose(probs, nes.load(out / member["file"])["test"], atol=1e-6)
+        net, data = nes.load_member(out / member["file"])  # and nothing else: neither the data set nor the settings
+        probs = net(nes.normalise(data, images)).softmax(dim=-1)
+        assert torch.allclose(probs, nes.load(out / member["file"])["test"], atol=1e-5) and data.classes == nes.TOY_CLASSES
 
 
 def test_more_samples_of_a_finished_run_train_only_the_new_ones(finished, monkeypatch, tmp_path):
@@ -661,6 +666,10 @@ def test_bad_folders(capsys, tmp_path):
     write_images(tmp_path / "few", count=1)
     bad(capsys, ["--dataset", str(tmp_path / "few"), "--out", str(tmp_path / "o")], "too few")
     write_images(tmp_path / "two")
+    out, small = tmp_path / "fine", [*TINY, "--image-size", "16", "--out", str(tmp_path / "fine")]
+    nes.main([*small, "--dataset", str(tmp_path / "two")])
+    shutil.copy(tmp_path / "two" / "train" / "a" / "0.png", tmp_path / "two" / "train" / "a" / "1.png")
+    bad(capsys, [*small, "--dataset", str(tmp_path / "two") + "/"], str(out), "other images")
     (tmp_path / "two" / "train" / "a" / "5.png").write_bytes(b"not a picture")
     bad(capsys, ["--dataset", str(tmp_path / "two"), "--out", str(tmp_path / "o")], "5.png", "remove or replace")
 
