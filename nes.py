@@ -4,6 +4,14 @@
 (Yakovlev, Bakhteev, Petrushina, Babkin). Sections 2 to 8 are the method, in its order; the rest is what it takes
 to run it on real data and to believe the result.
 
+    step 1  the base, DARTS:    min_alpha L_val(w*, alpha), w* = argmin_w L_train(w, alpha); smoothed, it is alpha*
+    step 2  the hypernetwork:   min_a E_lambda [L_val(w*, alpha(lambda)) - lambda JSd(alpha*, alpha(lambda))],
+                                w* = argmin_w E_lambda L_train(w, alpha(lambda)), a the table behind alpha(lambda);
+                                - lambda JSd is the paper's term, section 4 has our default
+    step 3  the ensemble:       p(y | x) = mean_m p_m(y | x), of the networks read off at lambda_1, ..., lambda_M
+
+L_train and L_val are losses on two halves of the training images. The sections:
+
     0 habits   1 data   2 the DARTS cell, the supernet   3 alpha, genotype, base search   4 JSd, the hypernetwork
     5 sampling   6 members: one shot, and trained   7 the ensemble   8 the lambda response
     9 other ensemble searches   10 pictures   11 the run: processes, settings, main
@@ -91,7 +99,7 @@ def log_row(name, done, total, seconds, text):
 # ----------------------------------------------------------------------------------------------------------
 # weights       trains the shared weights w            } together "train": a member, whose architecture
 # architecture  trains alpha and the hypernetwork      } is fixed, learns from both
-# selection     chooses between finished networks
+# selection     chooses between finished networks (NES-RS does, and we did between recipes)
 # test          is looked at once, at the end
 # One set for two of these purposes would flatter the result.
 
@@ -195,7 +203,10 @@ TOY_CLASSES = ["disc", "ring", "square", "diamond", "plus", "cross"]
 
 
 def toy(count, generator):
-    """Noisy 16x16 drawings of six shapes; place, size, contrast and sign vary, so no pixel tells the class."""
+    """Noisy drawings of six shapes; place, size, contrast and sign vary, so no pixel tells the class.
+
+    Returns images (count, 1, 16, 16) uint8 and labels (count,).
+    """
     draw = lambda low, high: low + (high - low) * torch.rand(count, 1, 1, generator=generator)
     axis = torch.arange(16.0)
     size = draw(3, 6)
@@ -216,7 +227,8 @@ def normalise(data, images):
 
 
 def draw_batch(data, split, size, step, key, crop=0, mirror=False, part=slice(None)):
-    """Batch number `step` of endless epochs over a split, shifted by up to `crop` pixels, half of it mirrored.
+    """Batch number `step` of endless epochs over a split, shifted by up to `crop` pixels, each image mirrored with
+    probability 1/2 if `mirror`. An epoch's last, incomplete batch is dropped.
 
     key names the stream of batches; part takes a share of the batch (this process's, under torchrun).
     Returns images (B, C, H, W), float, and labels (B,).
@@ -315,8 +327,9 @@ def pool(layer, C):
     return nn.Sequential(layer, nn.BatchNorm2d(C, affine=False))
 
 
-# The seven operations O of DARTS: (C, stride, affine) -> module. Those with parameters begin with a ReLU, which is
-# not in the module: the edges that leave a node share it (see Source).
+# The seven operations O, DARTS's eight without "zero", which no genotype can hold: (C, stride, affine) -> module.
+# Those with parameters begin with a ReLU, which is not in the module: the edges that leave a node share it (see
+# Source). Pooling keeps its batch norm in a discrete network, so that this computes what the supernet does.
 OPERATIONS = {
     "max_pool_3x3": lambda C, stride, affine: pool(nn.MaxPool2d(3, stride, 1), C),
     "avg_pool_3x3": lambda C, stride, affine: pool(nn.AvgPool2d(3, stride, 1, count_include_pad=False), C),
@@ -408,12 +421,14 @@ class Cell(nn.Module):
 
 
 class Network(nn.Module):
-    """Stem, cells, global mean, linear classifier; reduction cells at one and two thirds of the depth.
+    """Stem, cells, global mean, linear classifier; cells number cells // 3 and 2 cells // 3 are reduction cells.
 
-    Without a genotype it is the supernet: every edge holds all operations, and batch norm has no scale of its own,
-    which would undo alpha's. With one it is the discrete network, with that genotype's 16 operations only.
+    The first cell never is: two cells are a normal and a reduction cell, a single one is normal.
+    Without a genotype it is the supernet: every edge holds all operations, and the cells' batch norm has no scale of
+    its own, which would undo alpha's. With one it is the discrete network, with that genotype's 16 operations only.
     forward: x (B, C_in, H, W); weights (2, E, O), softmax(alpha), or None for ones; genotype: run only its
-    operations (the supernet as that discrete network). Returns logits (B, Y).
+    operations (the supernet as that discrete network), weighted by 1 + p - stop_gradient(p), ones with a gradient
+    for p, where the hypernetwork is trained. Returns logits (B, Y).
     alpha is an argument, never hidden state: one set of weights serves any architecture.
     """
 
@@ -497,9 +512,11 @@ def search(phase, net, architecture, draw, steps, data, args, second_order=False
 
     draw(step) -> (weights (2, E, O), differentiable in `architecture`; the genotype to run, None for the soft
     mixture; the regulariser). Updates the modules net and architecture; returns {"history": rows of (step, training
-    loss, validation loss, regulariser), "seconds"}. The base search and the hypernetwork differ only in their draw.
+    loss, validation loss, regulariser), "seconds"}. The base search and the hypernetwork differ in their draw and in
+    the architecture's learning rate. Unlike in DARTS w steps first, so that the inner step of the second order
+    repeats the batch of the last step on w; and both learning rates fall, alpha's too, without weight decay for it.
     """
-    check_settings(args)
+    check_settings(args, data)
     path = Path(args.out) / f"{phase}.pt"
     a_lr = args.hyper_lr if phase == "hyper" else args.alpha_lr
     w_optimizer = torch.optim.SGD(net.parameters(), args.search_lr, momentum=0.9, weight_decay=3e-4)
@@ -546,7 +563,7 @@ def search(phase, net, architecture, draw, steps, data, args, second_order=False
             state.update(step=step + 1, seconds=time.time() - start, history=state["history"] + [[step + 1, *means]])
             if not math.isfinite(sum(means)):
                 fail(f"the loss of the {phase} search is not a number after step {step + 1}: lower --search-lr or "
-                     "--hyper-lr; what was saved before is kept")
+                     f"--{'hyper' if phase == 'hyper' else 'alpha'}-lr, in another --out")
             if rank() == 0:
                 log_row(phase, step + 1, steps, state["seconds"],
                         "train {:.3f}  validation {:.3f}  regulariser {:+.4f}".format(*means))
@@ -587,6 +604,7 @@ def smooth(p, tau):
     """
     genotype = genotype_of(p)
     kept = torch.tensor([[bool(names) for names in edge_operations(genotype[kind])] for kind in KINDS])
+    # 0.25 leaves a dropped edge weaker than a kept one, and its own operation still the strongest of its seven.
     tau = torch.where(kept, tau, tau + 0.25).unsqueeze(-1).to(p.device)                      # (2, E, 1)
     return (1 - tau) * F.one_hot(p.argmax(dim=-1), p.shape[-1]) + tau / p.shape[-1]
 
@@ -600,7 +618,8 @@ class HyperNetwork(nn.Module):
     makes alpha jump at every pivot. The temperature is 1 until the training lowers it.
 
     start: (2, E, O) or any shape, the logits that every pivot begins with.
-    forward: lambda, a number or a tensor (...), within [0, lambda_max] -> logits (..., 2, E, O).
+    forward: lambda, a number or a tensor (...) -> logits (..., 2, E, O). Within [0, lambda_max]; beyond, which is not
+    checked, the outermost lines go on.
     """
 
     def __init__(self, start, pivots=6, lambda_max=1.0):
@@ -623,6 +642,7 @@ def diversity_loss(p, target, lam, objective="target", strength=10.0):
     p, target: (2, E, O), softmax(alpha(lambda)) and alpha*. JSd is the mean over the edges, c the strength.
         "paper":   - lambda JSd
         "target":  c (JSd / JSd_max - lambda)^2, JSd_max = the JSd of alpha* and another operation on every edge
+    Returns a scalar.
     Departure, the default: with the paper's term each edge has a threshold, and how many have crossed it depends on
     how long one trains. The target form has a resting point, and lambda reads as the share of the largest divergence.
     """
@@ -646,7 +666,8 @@ def train_hypernetwork(net, base, data, args):
     raise its JSd by becoming surer of the base's operation, and stays there for ever. A temperature falls from 1, as
     a nearly uniform alpha has most of the JSd of a different operation. And each step runs one discrete network,
     drawn at its lambda with Gumbel noise, so that the shared weights learn to serve what will be sampled;
-    the gradient for alpha passes through the chosen operations' weights 1 + p - stop_gradient(p), as in GDAS.
+    the gradient for alpha passes through the chosen operations' weights 1 + p - stop_gradient(p), as in GDAS (where
+    the temperature divides the noise as well).
     """
     target = smooth(base, args.tau)
     hyper = HyperNetwork(smooth(base, args.tau_start).log(), args.pivots, args.lambda_max).to(args.device)
@@ -657,6 +678,7 @@ def train_hypernetwork(net, base, data, args):
         # A tenth beyond either end, then clamped: the end pivots are trained as much as the others.
         lam = (1.2 * torch.rand((), generator=generator) - 0.1).clamp(0, 1).item() * args.lambda_max
         logits = hyper(lam)
+        # Minus the logarithm of an exponential variable is a Gumbel variable; its scale falls to 0.
         gumbel = -torch.empty(logits.shape).exponential_(generator=generator).log().to(logits.device)
         p = (logits + args.noise * (1 - progress) * gumbel).softmax(dim=-1)
         diversity = diversity_loss(logits.softmax(dim=-1), target, lam, args.objective, args.strength)
@@ -675,7 +697,7 @@ def sample_lambdas(count, lambda_max):
     """lambda_i = lambda_max * frac(i * golden ratio): spread over [0, lambda_max) for any count.
 
     The first n do not depend on how many follow, so that asking for more keeps what is there. The paper draws at
-    random, which leaves gaps. The first is 0: the base itself is a member.
+    random, which leaves gaps. The first is 0: the base, or close to it, for alpha(0) is trained like every pivot.
     """
     return [lambda_max * (i * (math.sqrt(5) - 1) / 2 % 1) for i in range(count)]
 
@@ -696,13 +718,10 @@ def sample(hyper, target, lambdas):
             for lam, genotype, j, m in zip(lambdas, genotypes, jsd.tolist(), matched.tolist())]
 
 
-def entries_by_node(genotype):
-    return [(kind, i // 2, *entry) for kind in KINDS for i, entry in enumerate(genotype[kind])]
-
-
 def matched_entries(genotype, base):
     """How many of the 16 entries (kind, node, operation, source) two genotypes share."""
-    return len(set(entries_by_node(genotype)) & set(entries_by_node(base)))
+    entries = lambda g: {(kind, i // 2, *entry) for kind in KINDS for i, entry in enumerate(g[kind])}
+    return len(entries(genotype) & entries(base))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -711,7 +730,7 @@ def matched_entries(genotype, base):
 
 @torch.no_grad()
 def predict(net, data, split, genotype=None):
-    """Probabilities (N, Y) on a split, on the CPU; nothing is augmented."""
+    """Probabilities (N, Y) on a split, on the CPU; nothing is augmented. Leaves net in eval mode."""
     net.eval()
     return torch.cat([net(normalise(data, images), None, genotype).softmax(dim=-1).cpu()
                       for images in data.splits[split][0].split(500)])
@@ -729,7 +748,7 @@ def one_shot(net, genotype, data, args, split="test"):
             module.reset_running_stats()
             module.momentum = None
     net.train()
-    for step in range(20):
+    for step in range(20):  # 5,120 images: as many statistics as a plain average needs
         net(draw_batch(data, "weights", 256, step, (args.seed, "recalibration"))[0], None, genotype)
     return predict(net, data, split, genotype)
 
@@ -745,7 +764,8 @@ def build(key, data, channels, cells, genotype=None):
 def train_member(genotype, index, data, args, path):
     """Train one discrete network from scratch on the "train" split, resumably; one recipe for every method.
 
-    index: numbers the networks of one genotype, which differ in initial weights and batches. AdamW, its learning rate
+    index: the network's place in its method's list. Networks of one index see the same batches, in every method, and
+    those of one genotype and different index differ in initial weights and batches. AdamW, its learning rate
     rising over the first fifth of the steps and falling to zero over the rest; the last weights are kept, there is no
     maximum over epochs. Returns the finished record: genotype, index, seconds, net (the weights), what `load_member`
     needs (network, classes, mean, std), and the probabilities (N, Y) on "selection" and "test".
@@ -765,6 +785,7 @@ def train_member(genotype, index, data, args, path):
     net.train()
     for step in range(record["step"], steps):
         progress = step / steps
+        # + 0.01, so that the first step is not lost
         optimizer.param_groups[0]["lr"] = args.lr * min(progress / 0.2 + 0.01, (1 - progress) / 0.8)
         x, y = draw_batch(data, "train", args.batch, step, key, args.crop, args.mirror)
         loss = F.cross_entropy(net(x), y)
@@ -792,9 +813,12 @@ def load_member(path):
     """A trained member from its checkpoint: a Network, and a Data without images, which tells how to use it.
 
     net, data = load_member(path); probs = net(normalise(data, images)).softmax(-1), with images (B, C, H, W) uint8,
-    of the size that it was trained on; probs[:, k] is the probability of data.classes[k].
+    of the size that it was trained on; probs[:, k] is the probability of data.classes[k]. On the CPU; ends the
+    program with a sentence where the file is missing, damaged or of a member whose training was cut off.
     """
     record = load(Path(path)) or fail(f"there is no {path}: results.json names the file of each member")
+    if "network" not in record:
+        fail(f"the member in {path} is not trained to the end: repeat the command that trains it")
     net = Network(*record["network"])
     net.load_state_dict(record["net"])
     return net.eval(), Data({}, record["classes"], record["mean"], record["std"])
@@ -806,7 +830,7 @@ def train_members(jobs, data, args):
     Returns their records in the order of jobs, without weights. A network's file is named by its genotype and
     index: methods that ask for the same network share it, and so does a later run with more samples.
     """
-    check_settings(args)
+    check_settings(args, data)
     names = [f"{hashlib.sha256(json.dumps(genotype).encode()).hexdigest()[:8]}-{index}" for genotype, index in jobs]
     distinct, records = list(dict(zip(names, jobs)).items()), {}
     for i in range(rank(), len(distinct), world()):
@@ -866,9 +890,11 @@ def member_metrics(probs, labels):
 def lambda_response(hyper, target, lambda_max, count=11):
     """`sample` on a grid of lambda, and two numbers that say how well lambda is obeyed.
 
-    spearman: rank correlation of lambda and matched edges, 0 where these never change; calibration_error: mean
-    distance of the share of matched edges from 1 - lambda (from 1 - lambda / lambda_max where lambda exceeds 1, as
-    it may with the paper's objective).
+    spearman: rank correlation of lambda and matched edges, ideally -1; 0 where these never change.
+    calibration_error: mean |matched / 28 - (1 - lambda)|, ideally 0: at a low temperature an edge has either the
+    base's operation (JSd near 0) or another (JSd near JSd_max), so that JSd / JSd_max is nearly the share of edges
+    that have left. lambda / lambda_max takes the place of lambda where lambda_max exceeds 1, as with the paper's
+    objective.
     """
     points = sample(hyper, target, torch.linspace(0, lambda_max, count).tolist())
     lam = torch.tensor([point["lambda"] for point in points], dtype=torch.double)
@@ -935,7 +961,7 @@ def baseline_jobs(name, base, base_seconds, members, data, args):
                 for i, member in enumerate(members)], base_seconds
     if name in ("random", "nes-rs"):
         return [(random_genotype(seed, "random", i), i) for i in range(M if name == "random" else 2 * M)], 0.0
-    jobs, seconds = [(base, 0)], base_seconds
+    jobs, seconds = [(base, 0)], base_seconds  # "darts"; the first search is the base's
     for i in range(1, M):
         net = build((seed, f"base-{i}"), data, args.search_channels, args.search_cells)
         p, log = base_search(f"base-{i}", net, data, args)
@@ -984,10 +1010,10 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 def report(runs):
     """Markdown: the methods of finished runs (their results, one run a seed) side by side, mean +- standard deviation.
 
-    Then, from two runs on, each method's differences to "deep" and to "perturbed", paired by seed, with the 95 %
+    Then, for two to ten runs, each method's differences to "deep" and to "perturbed", paired by seed, with the 95 %
     interval of Student's t. Runs that differ in more than the seed are refused.
     """
-    settings = [{k: v for k, v in run["settings"].items() if k not in FREE_TO_CHANGE - {"samples"} | {"seed"}}
+    settings = [{k: v for k, v in run["settings"].items() if k not in (FREE_TO_CHANGE - {"samples"}) | {"seed"}}
                 for run in runs]
     if any(other != settings[0] for other in settings) or len({run["settings"]["seed"] for run in runs}) < len(runs):
         fail("--report compares runs of different seeds and otherwise the same settings: "
@@ -1010,15 +1036,15 @@ def report(runs):
     methods = [name for name in runs[0]["methods"] if all(name in run["methods"] for run in runs)]
     rows = [["method", *(title for title, _, _ in COLUMNS.values())], ["---"] * (1 + len(COLUMNS))]
     rows += [[name, *(mean_std(name, key) for key in COLUMNS)] for name in methods]
-    legend = ""
-    if len(runs) > 1:
-        legend = (f"\n\nMean +- standard deviation over {len(runs)} seeds. Differences are paired by seed, with the 95 % "
-                  "interval of Student's t: where it covers zero, nothing was shown.")
-    for other in ("deep", "perturbed"):
-        if other in methods and 1 < len(runs) <= 1 + len(T_975):
-            rows += [[], [f"minus {other}", "accuracy, points", "NLL"], ["---"] * 3]
-            rows += [[name, difference(name, other, "accuracy"), difference(name, other, "nll")]
-                     for name in methods if name != other]
+    legend = f"\n\nMean +- standard deviation over {len(runs)} seeds." if len(runs) > 1 else ""
+    others = [name for name in ("deep", "perturbed") if name in methods and 1 < len(runs) <= 1 + len(T_975)]
+    for other in others:
+        rows += [[], [f"minus {other}", "accuracy, points", "NLL"], ["---"] * 3]
+        rows += [[name, difference(name, other, "accuracy"), difference(name, other, "nll")]
+                 for name in methods if name != other]
+    if others:
+        legend += (" Differences are paired by seed, with the 95 % interval of Student's t: where it covers zero, "
+                   "nothing was shown.")
     return "\n".join(f"| {' | '.join(row)} |" if row else "" for row in rows) + legend
 
 
@@ -1132,7 +1158,11 @@ def gather(value):
 
 
 def average_gradients(parameters):
-    """Data parallelism, all of it: each process saw its share of the batch; the mean gradient is the batch's."""
+    """Data parallelism, all of it: the mean of the gradients that the processes got from their shares of a batch.
+
+    It is the whole batch's gradient where the shares are equal, but for batch norm (and the second order's inner
+    step), which see only their own share.
+    """
     if world() > 1:
         gradients = [p.grad for p in parameters if p.grad is not None]  # the same everywhere: all run one genotype
         flat = torch.cat([g.flatten() for g in gradients])
@@ -1210,6 +1240,8 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if args.lambda_max == 0 or args.objective == "target" and args.lambda_max > 1:
         parser.error("--lambda-max must be above 0 and, with --objective target, whose lambda is a share, at most 1")
+    if args.tau_start <= args.tau:
+        parser.error("--tau-start must be above --tau: the pivots start softer than the base that they are to leave")
     if "all" in args.baselines:
         args.baselines = list(BASELINES)
     args.dataset = str(Path(args.dataset))  # the same folder with a slash at its end is the same
@@ -1228,19 +1260,20 @@ def set_up(args):
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if "cuda" in args.device else "gloo", timeout=timedelta(days=7))
+        backend = "nccl" if "cuda" in args.device else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=7))  # one may wait long for another's members
     if platform.libc_ver()[0] == "glibc":  # else each large tensor is fresh memory, faulted in page by page
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)           # M_MMAP_MAX: no separate mapping for a large block
         libc.mallopt(-1, 2**31 - 1)   # M_TRIM_THRESHOLD: keep what was freed
 
 
-def check_settings(args):
+def check_settings(args, data):
     """Refuse a run folder that other settings or images made, before it is used; else note the settings there."""
     if rank() > 0:
         return
     path = Path(args.out) / "settings.json"
-    now = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
+    now = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE} | {"digest": data.digest}
     before = load(path) or now
     if before != now:
         changed = ["other images" if name == "digest" else
@@ -1257,7 +1290,6 @@ def run(args):
         if turn == min(rank(), 1):
             data = load_data(args.dataset, args.data_dir, args.image_size, args.seed, args.device)
         share(None)
-    args.digest = data.digest
     labels = {split: data.splits[split][1].cpu() for split in ("selection", "test")}
     say("data: " + "  ".join(f"{name} {len(y)}" for name, (_, y) in data.splits.items()))
 
@@ -1291,17 +1323,19 @@ def run(args):
                       test=member_metrics(record["test"], labels["test"]))
     methods = {name: method_scores(name, records[name], search_seconds[name], labels, args.samples)
                for name in records}
-    methods["ours, one-shot"] = {**ensemble_metrics(shots, labels["test"]), "networks": 0, "training_seconds": 0.0,
+    shot_scores = ensemble_metrics(shots, labels["test"])
+    methods["ours, one-shot"] = {**shot_scores, "networks": 0, "training_seconds": 0.0,
                                  "search_seconds": search_seconds["ours"]}
     if "deep" in records:
         methods["single"] = method_scores("single", records["deep"][:1], seconds["base"], labels, 1)
     probs = torch.stack([record["test"] for record in records["ours"]])
     results = {
-        "settings": vars(args), "seconds": seconds, "base": {"genotype": base, "operations": count_operations(base)},
+        "settings": vars(args) | {"digest": data.digest}, "seconds": seconds,
+        "base": {"genotype": base, "operations": count_operations(base)},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "torchvision": torchvision.__version__},
         "lambda_response": response, "distinct": distinct, "members": members, "methods": methods,
-        "one_shot": ensemble_metrics(shots, labels["test"]), "ensemble": ensemble_metrics(probs, labels["test"])}
+        "one_shot": shot_scores, "ensemble": {key: methods["ours"][key] for key in shot_scores}}
     if rank() == 0:
         save(Path(args.out) / "results.json", json.dumps(results, indent=1))
         save(Path(args.out) / "ledger.csv", ledger(args, members, records, labels["test"]))

@@ -549,6 +549,15 @@ def test_a_reloaded_member_predicts_the_same(finished):
         assert torch.allclose(probs, nes.load(out / member["file"])["test"], atol=1e-5) and data.classes == nes.TOY_CLASSES
 
 
+def test_a_member_that_cannot_be_loaded(capsys, tmp_path):
+    nes.save(tmp_path / "begun.pt", {"step": 7, "net": {}})  # what a kill leaves
+    for name, words in (("begun.pt", "not trained to the end"), ("none.pt", "there is no")):
+        with pytest.raises(SystemExit):
+            nes.load_member(tmp_path / name)
+        error = capsys.readouterr().err
+        assert name in error and words in error
+
+
 def test_more_samples_of_a_finished_run_train_only_the_new_ones(finished, monkeypatch, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
     trained = []
@@ -649,7 +658,7 @@ def bad(capsys, argv, *words):
 @pytest.mark.parametrize("flags, words", [
     (["--nonsense", "1"], ["--nonsense"]), (["--samples", "0"], ["--samples", "0"]), (["--samples", "many"], ["many"]),
     (["--lambda-max", "-1"], ["-1"]), (["--lambda-max", "0"], ["--lambda-max"]), (["--lambda-max", "2"], ["--lambda-max"]),
-    (["--objective", "other"], ["other"]), (["--baselines", "other"], ["other"]), (["--device", "abacus"], ["abacus"]),
+    (["--tau-start", "0.1"], ["--tau-start", "--tau"]), (["--objective", "other"], ["other"]), (["--baselines", "other"], ["other"]), (["--device", "abacus"], ["abacus"]),
     (["--dataset", "/no/such/folder"], ["/no/such/folder"]), (["--report", "/no/such/run"], ["/no/such/run", "results.json"])])
 def test_bad_flags(flags, words, capsys, tmp_path):
     bad(capsys, ["--out", str(tmp_path), *flags], *words)
@@ -702,6 +711,7 @@ def test_other_settings_damaged_checkpoint_and_nan_lose_nothing(capsys, finished
     assert without_times(run_tiny(out, "--baselines", "all")) == without_times(finished[1])
     error = bad(capsys, [*TINY, "--out", str(tmp_path / "nan"), "--lr", "1e30"], "not a number", "--lr")
     assert "step" in error and (tmp_path / "nan" / "hyper.pt").exists()
+    bad(capsys, [*TINY, "--out", str(tmp_path / "nan2"), "--search-lr", "1e30"], "base search", "--alpha-lr", "another --out")
 
 
 def test_a_run_folder_belongs_to_its_settings_also_for_one_who_calls_the_functions(tmp_path):
@@ -709,6 +719,7 @@ def test_a_run_folder_belongs_to_its_settings_also_for_one_who_calls_the_functio
     args.device = "cpu"
     net = nes.build((0,), data, 4, 2)
     nes.base_search("base", net, data, args)
+    run_tiny(tmp_path)  # the whole program takes this folder as its own: same settings, same images
     args.search_lr = 0.01
     for train in (lambda: nes.base_search("base", net, data, args),
                   lambda: nes.train_members([(nes.random_genotype(0), 0)], data, args)):
