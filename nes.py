@@ -51,6 +51,7 @@ import torchvision
 
 def fail(sentence):
     """End the program with one sentence that says what to do, and exit status 2."""
+    sentence = " ".join(sentence.splitlines())  # one line, whatever a library's words in it held
     print(f"nes.py: error: {sentence}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -66,11 +67,14 @@ def rng(*key):
 
 
 def save(path, state):
-    """Write a checkpoint (.pt) or text; a kill at any moment leaves the old file or the new one, never half."""
+    """Write a checkpoint (.pt), text or bytes; a kill at any moment leaves the old file or the new, never half."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, part) if path.suffix == ".pt" else part.write_text(state)
+        if path.suffix == ".pt":
+            torch.save(state, part)
+        else:
+            part.write_bytes(state.encode() if isinstance(state, str) else state)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         fail(f"cannot write {path} ({error}): make room, or choose another place with --out")
@@ -149,16 +153,14 @@ def read_torchvision(dataset_class, root):
 
     From `root`; else, for Fashion-MNIST, from Debian's package dataset-fashion-mnist; else downloaded to `root`.
     """
-    raw, parts = Path(root) / "FashionMNIST" / "raw", []
+    raw, archives, parts = Path(root) / "FashionMNIST" / "raw", list(DEBIAN_FASHION_MNIST.glob("*.gz")), []
     try:
-        if dataset_class is TORCHVISION["fmnist"] and DEBIAN_FASHION_MNIST.exists() and not raw.exists():
-            raw.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=raw.parent) as part:  # so that a kill leaves no half-unpacked file
-                (unpacked := Path(part, "raw")).mkdir()
-                for archive in DEBIAN_FASHION_MNIST.glob("*.gz"):
-                    torchvision.datasets.utils.extract_archive(str(archive), str(unpacked))
-                if not raw.exists():
-                    unpacked.rename(raw)
+        if dataset_class is TORCHVISION["fmnist"] and not all((raw / archive.stem).exists() for archive in archives):
+            raw.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=raw) as folder:  # so that a kill leaves no half-unpacked file
+                for archive in archives:
+                    torchvision.datasets.utils.extract_archive(str(archive), folder)
+                    os.replace(Path(folder, archive.stem), raw / archive.stem)
         for train in (True, False):
             try:
                 part = dataset_class(root, train=train)
@@ -168,8 +170,9 @@ def read_torchvision(dataset_class, root):
             images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
             parts.append(((images, torch.as_tensor(part.targets)), part.classes))
     except Exception as error:  # no network, no room, or whatever a damaged file raises
-        fail(f"cannot read or download {dataset_class.__name__} in {root} ({type(error).__name__}: {error}): check "
-             "the network, or delete the damaged files there, or name the right folder with --data-dir")
+        fail(f"cannot read or download {dataset_class.__name__} in {root} ({type(error).__name__}: {error}): check the "
+             "network, or delete the damaged files there, or name the right folder with --data-dir (or install "
+             "Debian's package dataset-fashion-mnist for Fashion-MNIST)")
     return parts
 
 
@@ -832,14 +835,15 @@ def train_members(jobs, data, args):
     """
     check_settings(args, data)
     names = [f"{hashlib.sha256(json.dumps(genotype).encode()).hexdigest()[:8]}-{index}" for genotype, index in jobs]
-    distinct, records = list(dict(zip(names, jobs)).items()), {}
-    for i in range(rank(), len(distinct), world()):
-        name, job = distinct[i]
+    distinct = dict(zip(names, jobs))
+
+    def train(i):
+        name, job = list(distinct.items())[i]
         say(f"network {i + 1} of {len(distinct)}")
         record = train_member(*job, data, args, Path(args.out) / "members" / f"{name}.pt")
-        records[name] = {"file": f"members/{name}.pt", **{k: v for k, v in record.items() if k != "net"}}
-    for part in gather(records):
-        records.update(part)
+        return {"file": f"members/{name}.pt", **{k: v for k, v in record.items() if k != "net"}}
+
+    records = dict(zip(distinct, deal_out(len(distinct), train)))
     return [records[name] for name in names]
 
 
@@ -970,29 +974,30 @@ def baseline_jobs(name, base, base_seconds, members, data, args):
     return jobs, seconds
 
 
-def method_scores(name, records, search_seconds, labels, count):
-    """A method's row of the comparison: the ensemble's metrics, its members', and its cost. labels: split -> (N,)."""
-    cost = {"networks": len(records), "search_seconds": search_seconds,
+def method_scores(records, chosen, search_seconds, labels):
+    """A method's row of the comparison: the metrics of the ensemble of the chosen, its members', and its cost.
+
+    records: of all networks that the method trained; chosen: indices of the members; labels: (N,), of "test".
+    """
+    probs = torch.stack([records[i]["test"] for i in chosen])
+    accuracies = [member_metrics(p, labels)["accuracy"] for p in probs]
+    return {**ensemble_metrics(probs, labels), "member_mean": sum(accuracies) / len(accuracies),
+            "member_best": max(accuracies), "networks": len(records), "search_seconds": search_seconds,
             "training_seconds": sum(record["seconds"] for record in records)}
-    if name == "nes-rs":
-        pool = torch.stack([record["selection"] for record in records])
-        records = [records[i] for i in forward_selection(pool, labels["selection"], count)]
-    probs = torch.stack([record["test"] for record in records])
-    accuracies = [member_metrics(p, labels["test"])["accuracy"] for p in probs]
-    return {**ensemble_metrics(probs, labels["test"]), "member_mean": sum(accuracies) / len(accuracies),
-            "member_best": max(accuracies), **cost}
 
 
-def ledger(args, members, records, labels):
-    """CSV text: a row for each trained network and method that uses it."""
+def ledger(args, members, records, chosen, labels):
+    """CSV text: a row for each method and network that it trained. labels: split -> (N,)."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow("dataset seed method index lambda seconds accuracy nll brier ece file genotype".split())
+    writer.writerow("dataset seed method index chosen lambda seconds accuracy nll brier ece "
+                    "selection_accuracy selection_nll file genotype".split())
     for method, networks in records.items():
         for i, record in enumerate(networks):
             lam = members[i]["lambda"] if method == "ours" else ""
-            scores = member_metrics(record["test"], labels).values()
-            writer.writerow([args.dataset, args.seed, method, i, lam, record["seconds"], *scores, record["file"],
+            scores, selection = (member_metrics(record[split], labels[split]) for split in ("test", "selection"))
+            writer.writerow([args.dataset, args.seed, method, i, int(i in chosen[method]), lam, record["seconds"],
+                             *scores.values(), selection["accuracy"], selection["nll"], record["file"],
                              json.dumps(record["genotype"])])
     return text.getvalue()
 
@@ -1120,7 +1125,9 @@ def save_pictures(folder, base, members, response, lambda_max, probs, labels):
         figures[name], axis = plt.subplots(figsize=(5, 4))
         draw(axis, *what)
     for name, figure in figures.items():
-        figure.savefig(Path(folder) / f"{name}.png", dpi=110, bbox_inches="tight")
+        png = io.BytesIO()
+        figure.savefig(png, dpi=110, bbox_inches="tight")
+        save(Path(folder) / f"{name}.png", png.getvalue())
         plt.close(figure)
 
 
@@ -1155,6 +1162,14 @@ def gather(value):
     if world() > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def deal_out(count, work):
+    """[work(0), ..., work(count - 1)] in every process, each computed by one of them."""
+    done = {}
+    for part in gather({i: work(i) for i in range(rank(), count, world())}):
+        done.update(part)
+    return [done[i] for i in range(count)]
 
 
 def average_gradients(parameters):
@@ -1192,7 +1207,8 @@ def parse(argv=None):
                                      allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: fail(f"{message}; see --help")
     add = parser.add_argument_group("what to run").add_argument
-    add("--dataset", default="fmnist", help="fmnist, cifar10, toy, or a folder with train/<class>/ and test/<class>/")
+    add("--dataset", default="fmnist", help="fmnist, cifar10, toy (smaller defaults), or a folder with "
+        "train/<class>/ and test/<class>/")
     add("--samples", type=number(int, 1), default=5, help="members of the ensemble")
     add("--baselines", nargs="*", choices=["all", *BASELINES], default=[], help="other ensemble searches to run "
         "beside it. " + "; ".join(f"{name}: {text}" for name, text in BASELINES.items()))
@@ -1254,7 +1270,11 @@ def set_up(args):
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     there = [name for name in found if found[name]]
     args.device = there[0] if args.device == "auto" else args.device
-    if args.device.split(":")[0] not in there:
+    try:
+        usable = torch.empty(0, device=args.device).device.type in there
+    except (RuntimeError, AssertionError):  # torch's words for a name or a number that it does not know
+        usable = False
+    if not usable:
         fail(f"there is no --device {args.device} on this machine: choose from {', '.join(there)}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if args.device == "cuda":
@@ -1306,8 +1326,15 @@ def run(args):
     say(f"\n{len(members)} architectures sampled, {distinct} of them distinct")
     for member in members:
         print_cells("lambda {lambda:.3f}".format(**member), member["genotype"])
+    say()
     start = time.time()
-    shots = torch.stack([one_shot(net, member["genotype"], data, args) for member in members])
+
+    def score(i):
+        probs = one_shot(net, members[i]["genotype"], data, args)
+        log_row("one shot", i + 1, len(members), time.time() - start, "")
+        return probs
+
+    shots = torch.stack(deal_out(len(members), score))
     seconds = {"base": base_log["seconds"], "hypernetwork": hyper_log["seconds"], "one_shot": time.time() - start}
 
     jobs = {"ours": [(member["genotype"], i) for i, member in enumerate(members)]}
@@ -1321,13 +1348,17 @@ def run(args):
     for member, record, shot in zip(members, records["ours"], shots):
         member.update(file=record["file"], one_shot=member_metrics(shot, labels["test"]),
                       test=member_metrics(record["test"], labels["test"]))
-    methods = {name: method_scores(name, records[name], search_seconds[name], labels, args.samples)
+    chosen = {name: range(len(networks)) for name, networks in records.items()}
+    if "nes-rs" in records:
+        pool = torch.stack([record["selection"] for record in records["nes-rs"]])
+        chosen["nes-rs"] = forward_selection(pool, labels["selection"], args.samples)
+    methods = {name: method_scores(records[name], chosen[name], search_seconds[name], labels["test"])
                for name in records}
     shot_scores = ensemble_metrics(shots, labels["test"])
     methods["ours, one-shot"] = {**shot_scores, "networks": 0, "training_seconds": 0.0,
                                  "search_seconds": search_seconds["ours"]}
     if "deep" in records:
-        methods["single"] = method_scores("single", records["deep"][:1], seconds["base"], labels, 1)
+        methods["single"] = method_scores(records["deep"][:1], [0], seconds["base"], labels["test"])
     probs = torch.stack([record["test"] for record in records["ours"]])
     results = {
         "settings": vars(args) | {"digest": data.digest}, "seconds": seconds,
@@ -1338,7 +1369,7 @@ def run(args):
         "one_shot": shot_scores, "ensemble": {key: methods["ours"][key] for key in shot_scores}}
     if rank() == 0:
         save(Path(args.out) / "results.json", json.dumps(results, indent=1))
-        save(Path(args.out) / "ledger.csv", ledger(args, members, records, labels["test"]))
+        save(Path(args.out) / "ledger.csv", ledger(args, members, records, chosen, labels))
         save_pictures(args.out, base, members, response, args.lambda_max, probs, labels["test"])
     print_results(results)
     return results
@@ -1376,12 +1407,16 @@ def print_results(results):
 
 
 def main(argv=None):
-    """The program: parse the flags, run the method, return the results (the content of results.json)."""
+    """The program: parse the flags, run the method, return the results (the content of results.json).
+
+    With --report it returns {"report": the Markdown that it prints}.
+    """
     args = parse(argv)
     if args.report:
-        print(report([load(Path(folder) / "results.json")
-                      or fail(f"{folder} holds no results.json: finish that run first") for folder in args.report]))
-        return None
+        text = report([load(Path(folder) / "results.json")
+                       or fail(f"{folder} holds no results.json: finish that run first") for folder in args.report])
+        print(text)
+        return {"report": text}
     set_up(args)
     try:
         return run(args)

@@ -5,6 +5,7 @@
 """
 import copy
 import csv
+import gzip
 import hashlib
 import json
 import math
@@ -448,6 +449,20 @@ def test_one_shot_scores_do_not_depend_on_what_was_scored_before(tmp_path):
     other = nes.one_shot(net, nes.random_genotype(2), data, args)
     assert torch.equal(nes.one_shot(net, nes.random_genotype(1), data, args), first) and not torch.allclose(other, first, atol=1e-2)
     assert torch.allclose(first.sum(-1), torch.ones(600), atol=1e-5)
+    means = [net.stem[0](nes.draw_batch(data, "weights", 256, step, (0, "recalibration"))[0]).mean((0, 2, 3)) for step in range(20)]
+    assert torch.allclose(net.stem[1].running_mean, torch.stack(means).mean(0), atol=1e-5)  # taken anew, a plain average
+
+
+def test_the_validation_loss_reaches_the_hypernetwork(tmp_path):
+    data, net = nes.load_data("toy", "", 16, seed=0), nes.build((0, "base"), nes.load_data("toy", "", 16, seed=0), 4, 2)
+    args = nes.parse([*TINY, "--strength", "0", "--hyper-steps", "1", "--out", str(tmp_path)])  # L_val alone
+    base = torch.rand(2, 14, 7, generator=nes.rng("b")).softmax(-1)
+    hyper, _, _ = nes.train_hypernetwork(net, base, data, args)
+    start = nes.smooth(base, args.tau_start).log()
+    moved = (hyper.table - start).abs().amax(-1) > 1e-4                                # (K, 2, E)
+    kept = torch.tensor([[bool(names) for names in nes.edge_operations(nes.genotype_of(base)[kind])] for kind in nes.KINDS])
+    assert 1 <= moved.any(-1).any(-1).sum() <= 2 and moved.any(0).sum() > 0  # the pivots beside one lambda, no other
+    assert moved.any(0).sum() <= kept.sum()  # and the edges that the discrete network has, no other
 
 
 # ---- 7 metrics, 8 response, 9 baselines
@@ -508,6 +523,7 @@ def test_report_pairs_the_seeds(tmp_path, capsys):
         nes.save(tmp_path / str(seed) / "results.json", json.dumps({"methods": methods, "settings": settings}))
     nes.main(["--report", *(str(tmp_path / str(seed)) for seed in range(3))])
     text = capsys.readouterr().out
+    assert nes.main(["--report", str(tmp_path / "0")]) == {"report": capsys.readouterr().out.rstrip("\n")}
     assert "| ours | 87.00 +- 4.58 | 0.1300 +- 0.0458 |" in text
     assert "| ours | +2.00 [-0.48, +4.48] | -0.0200 [-0.0448, +0.0048] |" in text  # 4.303 * 1 / sqrt(3) = 2.484
     bad(capsys, ["--report", str(tmp_path / "0"), str(tmp_path / "1"), str(tmp_path / "0")], "different seeds", "run 1")
@@ -527,17 +543,57 @@ def test_a_run_leaves_what_it_promises(finished):
     out, results = finished
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
     assert {"cells.png", "lambda_response.png", "ensemble_size.png", "reliability.png", "ledger.csv", "base.pt", "hyper.pt"} <= {p.name for p in out.iterdir()}
-    assert {"accuracy", "nll", "brier", "ece", "oracle_accuracy", "disagreement", "predictive_jsd"} == results["ensemble"].keys() == results["one_shot"].keys()
+    keys = {"": "settings versions seconds base lambda_response distinct members methods one_shot ensemble",
+            "versions": "python torch torchvision", "seconds": "base hypernetwork one_shot members",
+            "base": "genotype operations", "lambda_response": "points spearman calibration_error",
+            "lambda_response points 0": "lambda genotype jsd matched_edges matched_entries",
+            "members 0": "lambda genotype jsd matched_edges matched_entries file one_shot test",
+            "members 0 test": "accuracy nll brier ece", "members 0 one_shot": "accuracy nll brier ece"}
+    keys |= dict.fromkeys(("ensemble", "one_shot"), "accuracy nll brier ece oracle_accuracy disagreement predictive_jsd")
+    for path, wanted in keys.items():
+        value = results
+        for key in path.split():
+            value = value[int(key) if key.isdigit() else key]
+        assert value.keys() == set(wanted.split()), path
+    assert results["settings"]["samples"] == 2
     labels = nes.load_data("toy", "", 16, seed=0).splits["test"][1]
     records = [nes.load(out / member["file"]) for member in results["members"]]
     assert results["ensemble"] == nes.ensemble_metrics(torch.stack([r["test"] for r in records]), labels)
     rows = list(csv.DictReader((out / "ledger.csv").open(newline="")))
     assert [row["method"] for row in rows] == ["ours"] * 2 + ["deep"] * 2 + ["random"] * 2 + ["perturbed"] * 2 + ["nes-rs"] * 4 + ["darts"] * 2
+    base, of = results["base"]["genotype"], lambda method: [row for row in rows if row["method"] == method]
+    assert all(json.loads(row["genotype"]) == base for row in [*of("deep"), of("darts")[0]]) and of("darts")[1]["genotype"] != json.dumps(base)
+    assert ([nes.matched_entries(json.loads(row["genotype"]), base) for row in of("perturbed")]
+            == [member["matched_entries"] for member in results["members"]])
+    assert [row["genotype"] for row in of("random")] == [row["genotype"] for row in of("nes-rs")][:2]
     for row in rows:
         record = nes.load(out / row["file"])
         assert json.loads(row["genotype"]) == record["genotype"]
         assert float(row["accuracy"]) == (record["test"].argmax(-1) == labels).double().mean().item()
     assert len(list((out / "members").iterdir())) == len({row["file"] for row in rows}) < len(rows)  # shared networks
+
+
+def test_nes_rs_chooses_on_the_selection_split_and_is_scored_on_test(finished, tmp_path):
+    shutil.copytree(finished[0], out := tmp_path / "run")
+    labels = {split: y for split, (_, y) in nes.load_data("toy", "", 16, seed=0).splits.items()}
+    files = [out / row["file"] for row in csv.DictReader((out / "ledger.csv").open(newline="")) if row["method"] == "nes-rs"]
+    pool = torch.stack([nes.load(file)["test"] for file in files])
+    best_on_test = nes.forward_selection(pool, labels["test"], 2)
+    worst = [i for i in range(4) if i not in best_on_test]
+    for i in worst:  # make them look perfect on the selection split
+        nes.save(files[i], nes.load(files[i]) | {"selection": F.one_hot(labels["selection"], 6).float()})
+    results = run_tiny(out, "--baselines", "nes-rs")
+    assert results["methods"]["nes-rs"]["nll"] == pytest.approx(nes.ensemble_metrics(pool[worst], labels["test"])["nll"])
+    rows = csv.DictReader((out / "ledger.csv").open(newline=""))
+    assert [i for i, row in enumerate(r for r in rows if r["method"] == "nes-rs") if row["chosen"] == "1"] == worst
+
+
+def test_the_flags_that_no_other_test_gives(tmp_path):
+    flags = "--second-order --objective paper --lambda-max 4 --mirror --crop 2 --search-cells 1 --cells 3"
+    results = run_tiny(tmp_path, *flags.split())
+    assert max(point["lambda"] for point in results["lambda_response"]["points"]) == 4
+    assert nes.load(tmp_path / results["members"][1]["file"])["network"][3] == 3
+    assert all(row[3] <= 0 for row in nes.load(tmp_path / "hyper.pt")["history"])  # - lambda JSd
 
 
 def test_a_reloaded_member_predicts_the_same(finished):
@@ -563,7 +619,7 @@ def test_more_samples_of_a_finished_run_train_only_the_new_ones(finished, monkey
     trained = []
     monkeypatch.setattr(nes, "log_row", lambda name, *rest: trained.append(name))
     more = run_tiny(tmp_path / "run", "--samples", "4")
-    assert {name for name in trained} == {Path(m["file"]).stem for m in more["members"][2:]}
+    assert set(trained) - {"one shot"} == {Path(m["file"]).stem for m in more["members"][2:]}
     for new, old in zip(more["members"], finished[1]["members"]):
         assert new == old
 
@@ -576,19 +632,22 @@ def test_the_same_seed_gives_the_same_and_another_does_not(finished, tmp_path):
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_result(finished, tmp_path):
     command = [sys.executable, nes.__file__, *TINY, "--baselines", "all", "--out", str(tmp_path / "run")]
-    for wanted in ("base +2/", "hyper +4/", "base-1 +2/", "network 2 of", "network 6 of"):
+    found = ""
+    for wanted in ("base +4/", "hyper +6/", "base-1 +4/", "network 6 of"):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         for line in process.stdout:
+            found += line if "found at" in line else ""
             if re.match(wanted, line):
                 break
         else:
             pytest.fail(f"no {wanted} was printed")
         process.send_signal(signal.SIGKILL)
         process.communicate()
+    assert re.search("^base: found at step [24] of 4", found) and re.search("hyper: found at step [246] of 6", found)
     assert without_times(run_tiny(tmp_path / "run", "--baselines", "all")) == without_times(finished[1])
 
 
-def test_a_member_stopped_half_way_goes_on_to_the_same_weights(finished, tmp_path, monkeypatch):
+def test_a_member_stopped_half_way_goes_on_to_the_same_weights(finished, tmp_path, monkeypatch, capsys):
     data, args = nes.load_data("toy", "", 16, seed=0), nes.parse([*TINY, "--out", str(tmp_path)])
     whole = nes.load(finished[0] / finished[1]["members"][0]["file"])
 
@@ -600,7 +659,9 @@ def test_a_member_stopped_half_way_goes_on_to_the_same_weights(finished, tmp_pat
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(nes, "save", save_and_stop)
         nes.train_member(whole["genotype"], 0, data, args, tmp_path / "m.pt")
+    capsys.readouterr()
     again = nes.train_member(whole["genotype"], 0, data, args, tmp_path / "m.pt")
+    assert "m: found at step 4\n" in capsys.readouterr().out  # it went on, it did not begin again
     assert again["step"] == whole["step"] > 4 and torch.equal(again["test"], whole["test"])
     assert all(torch.equal(again["net"][name], value) for name, value in whole["net"].items())
 
@@ -622,6 +683,12 @@ def distributed_gradients(rank, folder):
     model(x[rank::2]).square().mean().backward()
     nes.average_gradients(model.parameters())
     torch.save((model.weight.grad, nes.gather(rank), nes.share(rank)), f"{folder}/{rank}.pt")
+    data, args = nes.load_data("toy", "", 16, seed=0), nes.parse([*TINY, "--out", folder])
+    net = nes.build((0, "base"), data, 4, 2)
+    base, _ = nes.base_search("base", net, data, args)
+    hyper, _, _ = nes.train_hypernetwork(net, base, data, args)
+    worked = nes.deal_out(5, lambda i: (i, rank))
+    torch.save((list(net.parameters()), base, list(hyper.parameters()), worked), f"{folder}/search-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -633,16 +700,20 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
     for rank in range(2):
         gradient, gathered, shared = torch.load(tmp_path / f"{rank}.pt")
         assert torch.allclose(gradient, model.weight.grad) and gathered == [0, 1] and shared == 0
+    # Each saw its own half of the batches, and yet both hold the same weights and architectures after the searches.
+    (net, base, hyper, worked), other = (torch.load(tmp_path / f"search-{rank}.pt") for rank in range(2))
+    assert all(torch.equal(a, b) for a, b in zip([*net, base, *hyper], [*other[0], other[1], *other[2]], strict=True))
+    assert worked == other[3] == [(i, i % 2) for i in range(5)]
 
 
 def test_torchrun_deals_out_the_work(finished, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", nes.__file__, *TINY, "--out", str(tmp_path)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
     results = json.loads((tmp_path / "results.json").read_text())
-    history = nes.load(tmp_path / "base.pt")["history"], nes.load(finished[0] / "base.pt")["history"]
-    assert history[0][0][1] == pytest.approx(history[1][0][1], rel=0.2)  # half batches: like the whole, not the same
     assert [m["lambda"] for m in results["members"]] == [m["lambda"] for m in finished[1]["members"]]
-    assert len(list((tmp_path / "members").iterdir())) == 2
+    for member in results["members"]:  # each was trained once, by one of the two
+        last = "{0}/{0} ".format(nes.load(tmp_path / member["file"])["step"])
+        assert len(re.findall(f"{Path(member['file']).stem} +{last}", log)) == 1
 
 
 def bad(capsys, argv, *words):
@@ -658,7 +729,7 @@ def bad(capsys, argv, *words):
 @pytest.mark.parametrize("flags, words", [
     (["--nonsense", "1"], ["--nonsense"]), (["--samples", "0"], ["--samples", "0"]), (["--samples", "many"], ["many"]),
     (["--lambda-max", "-1"], ["-1"]), (["--lambda-max", "0"], ["--lambda-max"]), (["--lambda-max", "2"], ["--lambda-max"]),
-    (["--tau-start", "0.1"], ["--tau-start", "--tau"]), (["--objective", "other"], ["other"]), (["--baselines", "other"], ["other"]), (["--device", "abacus"], ["abacus"]),
+    (["--tau-start", "0.1"], ["--tau-start", "--tau"]), (["--objective", "other"], ["other"]), (["--baselines", "other"], ["other"]), (["--device", "abacus"], ["abacus"]), (["--device", "cpu:x"], ["cpu:x"]), (["--device", "meta"], ["meta"]),
     (["--dataset", "/no/such/folder"], ["/no/such/folder"]), (["--report", "/no/such/run"], ["/no/such/run", "results.json"])])
 def test_bad_flags(flags, words, capsys, tmp_path):
     bad(capsys, ["--out", str(tmp_path), *flags], *words)
@@ -689,7 +760,17 @@ def test_damaged_and_missing_data_files(capsys, tmp_path, monkeypatch):
     for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
         (raw / name).write_bytes(b"\0\0\x08\x03short")
     bad(capsys, ["--data-dir", str(tmp_path), "--out", str(tmp_path / "o")], "FashionMNIST", "delete the damaged files")
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/nothing")  # no network
+    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])  # no network
+    monkeypatch.setattr(nes, "DEBIAN_FASHION_MNIST", tmp_path / "package")
+    bad(capsys, ["--data-dir", str(tmp_path / "new"), "--out", str(tmp_path / "o")], "FashionMNIST", "check the network", "dataset-fashion-mnist")
+    (tmp_path / "package").mkdir()  # and now it is installed: found although the download left its folder behind
+    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
+        sizes = (60, 28, 28) if "images" in name else (60,)
+        content = bytes([0, 0, 8, len(sizes)]) + b"".join(n.to_bytes(4, "big") for n in sizes) + bytes(i % 10 for i in range(math.prod(sizes)))
+        (tmp_path / "package" / f"{name}.gz").write_bytes(gzip.compress(content))
+    assert (tmp_path / "new" / "FashionMNIST" / "raw").exists()
+    assert nes.load_data("fmnist", str(tmp_path / "new"), 32, seed=0).splits["test"][1].tolist() == [i % 10 for i in range(60)]
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/nothing")
     bad(capsys, ["--dataset", "cifar10", "--data-dir", str(tmp_path), "--out", str(tmp_path / "o2")], "CIFAR10", "check the network")
 
 
@@ -708,6 +789,11 @@ def test_other_settings_damaged_checkpoint_and_nan_lose_nothing(capsys, finished
     bad(capsys, [*TINY, "--out", str(out)], victim.name, "delete it")
     assert all(path.read_bytes() == content for path, content in before.items() if path != victim)
     victim.unlink()
+    for name in ("base.pt", "hyper.pt", "settings.json"):
+        whole = (out / name).read_bytes()
+        (out / name).write_bytes(whole[:len(whole) // 2])
+        bad(capsys, [*TINY, "--out", str(out)], name, "delete it")
+        (out / name).write_bytes(whole)
     assert without_times(run_tiny(out, "--baselines", "all")) == without_times(finished[1])
     error = bad(capsys, [*TINY, "--out", str(tmp_path / "nan"), "--lr", "1e30"], "not a number", "--lr")
     assert "step" in error and (tmp_path / "nan" / "hyper.pt").exists()
