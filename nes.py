@@ -676,6 +676,7 @@ def train_hypernetwork(net, base, data, args):
     hyper = HyperNetwork(smooth(base, args.tau_start).log(), args.pivots, args.lambda_max).to(args.device)
 
     def draw(step):
+        """A step's lambda, its discrete architecture with a gradient, and its diversity term, as `search` asks for."""
         progress, generator = step / args.hyper_steps, rng(args.seed, "hyper", step)
         hyper.temperature.fill_(1 + (args.temperature - 1) * progress)
         # A tenth beyond either end, then clamped: the end pivots are trained as much as the others.
@@ -751,7 +752,7 @@ def one_shot(net, genotype, data, args, split="test"):
             module.reset_running_stats()
             module.momentum = None
     net.train()
-    for step in range(20):  # 5,120 images: as many statistics as a plain average needs
+    for step in range(20):  # some thousand images in all: the average of few batches would be noisy
         net(draw_batch(data, "weights", 256, step, (args.seed, "recalibration"))[0], None, genotype)
     return predict(net, data, split, genotype)
 
@@ -836,14 +837,15 @@ def train_members(jobs, data, args):
     check_settings(args, data)
     names = [f"{hashlib.sha256(json.dumps(genotype).encode()).hexdigest()[:8]}-{index}" for genotype, index in jobs]
     distinct = dict(zip(names, jobs))
+    order = list(distinct)
 
     def train(i):
-        name, job = list(distinct.items())[i]
+        name, job = order[i], distinct[order[i]]
         say(f"network {i + 1} of {len(distinct)}")
         record = train_member(*job, data, args, Path(args.out) / "members" / f"{name}.pt")
         return {"file": f"members/{name}.pt", **{k: v for k, v in record.items() if k != "net"}}
 
-    records = dict(zip(distinct, deal_out(len(distinct), train)))
+    records = dict(zip(order, deal_out(len(order), train)))
     return [records[name] for name in names]
 
 
@@ -1220,9 +1222,9 @@ def parse(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--data-dir", default="data", help="where torchvision's data sets are, or are downloaded to")
     add("--image-size", type=number(int, 8), default=32, help="side to which a folder's images are resized, pixels")
-    add("--crop", type=number(int, 0), default=0, help="largest random shift in training, pixels; pays in long runs")
+    add("--crop", type=number(int, 0), default=0, help="largest random shift in training, pixels; for long runs")
     add("--mirror", action="store_true",
-        help="mirror half of the training images; pays in long runs, not for digits or text")
+        help="mirror half of the training images; for long runs, but not for digits or text")
     add = parser.add_argument_group("search").add_argument
     add("--search-channels", type=number(int, 2), default=8, help="channels of the supernet's first cell")
     add("--search-cells", type=number(int, 1), default=2, help="cells of the supernet")
