@@ -65,7 +65,6 @@ def run(variant, seed, options):
     flags = ["--dataset", options.dataset, "--data-dir", options.data_dir, "--seed", str(seed),
              "--shared-epochs", "0", "--device", "cpu", "--out", str(folder), *options.flags.split(",")]
     args = nes.parse([flag for flag in flags + ["--noise", "0"] * (variant == "no noise") if flag])
-    nes.keep_freed_memory()
     data = nes.load_data(args.dataset, args.data_dir, args.image_size, seed)
     net = nes.build((seed, "base"), data, args.search_channels, args.search_cells)
     shared_base = Path(options.out) / f"base-{seed}.pt"
