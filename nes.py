@@ -338,13 +338,14 @@ def deal_out(jobs, data, args):
         try:
             for done in as_completed([pool.submit(work_on, i) for i in range(len(jobs))]):
                 done.result()
-        except BrokenProcessPool:
-            fail("a worker ended early: repeat the command, with fewer --workers if memory is short"
-                 " (in a script of your own, call main under if __name__ == '__main__')")
-        finally:  # after an error or Ctrl-C nothing is waited for; what was saved is found again
+        except BaseException as error:  # nothing is waited for; what was saved is found again
             pool.shutdown(wait=False, cancel_futures=True)
             for process in mp.active_children():
                 process.kill()
+            if isinstance(error, BrokenProcessPool):
+                fail("a worker ended early: repeat the command, with fewer --workers if memory is "
+                     "short (in a script of your own, call main under if __name__ == '__main__')")
+            raise
 
 def start_worker(inputs, begun, workers):
     """Prepare a worker: it ends with its parent, however that ended, and leaves Ctrl-C to it."""
