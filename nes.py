@@ -1,6 +1,6 @@
 """Neural ensemble search with diversity control, in one file.
 
-  python nes.py --dataset toy --samples 3       three members on drawn shapes, in about a minute:
+  python nes.py --dataset toy --samples 3       three members on drawn shapes, a minute or two:
                                                 does it run here?
   python nes.py --dataset fmnist --samples 5    the method on Fashion-MNIST: searches, reads five
                                                 architectures off the dial, trains and averages them
