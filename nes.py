@@ -1,6 +1,6 @@
 """Neural ensemble search with diversity control, in one file.
 
-  python nes.py --dataset toy --samples 3       three members on drawn shapes, a minute or two:
+  python nes.py --dataset toy --samples 3       three members on drawn shapes, about a minute:
                                                 does it run here?
   python nes.py --dataset fmnist --samples 5    the method on Fashion-MNIST: searches, reads five
                                                 architectures off the dial, trains and averages them
@@ -15,10 +15,9 @@ All that a run computes is in its folder, --out; the same command goes on where 
      nothing with it at 1:             min_a E_lambda [L_val(w*, arch) + c (share(arch) - lambda)^2]
      arch: a finished architecture drawn from alpha(lambda), which the table a makes; share(arch):
      the share of the base's 16 entries that it has not, its Jensen-Shannon divergence / ln 2
+     (--objective paper is the paper's own term, - lambda JSd; section 7 says why it is an option)
   3  reading alpha(lambda_1), ..., alpha(lambda_M) gives M architectures in one shot
   4  their ensemble is the answer:     p(y | x) = mean_m p_m(y | x)
-
-(--objective paper is the paper's own term, - lambda JSd; section 7 says why it is not the default.)
 
   1 settings          2 keeping work      3 data                4 architectures as tensors
   5 cell and network  6 the base search   7 the hypernetwork    8 sampling and the dial
@@ -45,13 +44,10 @@ import math
 import os
 import pickle
 import platform
-import signal
 import sqlite3
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
 from pathlib import Path
 
@@ -66,12 +62,8 @@ from torchvision.transforms import v2
 
 # ---- 1. Settings ---------------------------------------------------------------------------------
 
-BASELINES = {"chosen": "those of 50 samples that help each other most in one shot, trained",
-             "deep": "the base from several initial weights (a deep ensemble)",
-             "random": "random architectures",
-             "perturbed": "the base, as many entries changed at random as the sampled member has",
-             "nes-rs": "the best of a random pool of twice the size, by forward selection",
-             "darts": "independent DARTS searches"}
+# What `architectures` can make beside ours
+BASELINES = ("chosen", "single", "deep", "random", "perturbed", "nes-rs", "darts")
 
 # A group's title, or a row: name, default, lowest value or the choices, what it is
 SETTINGS = [
@@ -79,8 +71,7 @@ SETTINGS = [
     ("dataset", "fmnist", None, "fmnist, cifar10, toy, or a folder of {train,test}/<class>/*"),
     ("samples", 5, 1, "members of the ensemble"),
     ("one-shots", 20, 1, "members of the larger ensemble that is scored in one shot"),
-    ("baselines", [], ("all", *BASELINES), "other ensemble searches to compare with"),
-    ("report", [], None, "only compare these finished run folders, one a seed, as Markdown"),
+    ("baselines", [], ("all", *BASELINES), "other ensembles to train, too; README and section 12"),
     ("seed", 0, None, "of everything random"),
     ("device", "auto", None, "cpu, cuda, mps, or auto: an accelerator if there is one"),
     ("workers", 0, 0, "processes, one thread each, that train members on a CPU; 0: one a core"),
@@ -106,13 +97,12 @@ SETTINGS = [
     ("lambda-max", 1.0, 1e-6, "Lambda, the largest diversity"),
     ("strength", 30.0, 0, "c, of the target objective"),
     ("pivots", 6, 2, "K, pivots of the hypernetwork"),
-    ("tau", 0.1, 0.01, "smoothing of the base where it becomes logits"),
     ("noise", 0.3, 0, "scale of the Gumbel noise at the start; it falls to 0"),
     "members",
-    ("shared-epochs", 4, 0, "epochs of the one-shot weights; 0: the search's own"),
+    ("shared-epochs", 5, 0, "epochs of the one-shot weights; 0: the search's own"),
     ("channels", 16, 2, "channels of a member's first cell"),
     ("cells", 2, 1, "cells of a member"),
-    ("epochs", 4, 1, "epochs of a member's training"),
+    ("epochs", 5, 1, "epochs of a member's training"),
     ("batch", 64, 2, "images of a step"),
     ("lr", 0.006, 0, "largest learning rate"),
     ("weight-decay", 0.05, 0, "weight decay"),
@@ -120,16 +110,13 @@ SETTINGS = [
 TOY_DEFAULTS = {"base_steps": 60, "hyper_steps": 400, "epochs": 8, "shared_epochs": 8,
                 "channels": 8}
 # What may differ between two commands that share a run folder
-FREE = {"samples", "one_shots", "out", "data_dir", "device", "baselines", "log_every", "report",
-        "workers"}
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults beside the flags, and the examples as they are written."""
+FREE = {"samples", "one_shots", "out", "data_dir", "device", "baselines", "log_every", "workers"}
 
 def parse(argv=None):
     """The settings, from a command line. Raises NesError on a flag that cannot be."""
-    parser = argparse.ArgumentParser("nes.py", usage="nes.py [flags]", formatter_class=Help,
-                                     description=__doc__.partition('"Diff')[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser("nes.py", usage="nes.py [flags]", allow_abbrev=False,
+                                     description=__doc__.partition('"Diff')[0],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message}; see --help")
     for row in SETTINGS:
         if isinstance(row, str):
@@ -138,18 +125,16 @@ def parse(argv=None):
         name, default, allowed, text = row
         kind = {bool: {"action": "store_true"}, list: {"nargs": "*", "choices": allowed},
                 str: {"choices": allowed}}.get(type(default), {"type": type(default)})
-        group.add_argument(f"--{name}", default=default, help=text, **kind)
+        group.add_argument(f"--{name}", default=default, help=f"{text} (%(default)s)", **kind)
     if parser.parse_args(argv).dataset == "toy":
         parser.set_defaults(**TOY_DEFAULTS)
     args = parser.parse_args(argv)
-    for name, default, lowest, _ in filter(lambda row: not isinstance(row, str), SETTINGS):
+    for name, _, lowest, _ in (row for row in SETTINGS if not isinstance(row, str)):
         value = getattr(args, name.replace("-", "_"))
-        if isinstance(lowest, (int, float)) and not value >= lowest:
+        if isinstance(lowest, (int, float)) and not value >= lowest:  # also where it is nan
             parser.error(f"--{name} {value} is not {lowest} or more")
     if args.lambda_max > 1 and args.objective == "target":
         parser.error("--lambda-max is at most 1 with --objective target, whose lambda is a share")
-    if args.tau >= PAPER_START:
-        parser.error(f"--tau must be below {PAPER_START}")
     args.baselines = list(BASELINES) if "all" in args.baselines else args.baselines
     args.dataset = str(Path(args.dataset))  # the same folder with a slash at its end is the same
     args.out = args.out or f"runs/{Path(args.dataset).name}-{args.objective}-{args.seed}"
@@ -158,25 +143,19 @@ def parse(argv=None):
 def set_up(args):
     """Choose the device, and join the other processes of a torchrun."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    there = [accelerator.type, "cpu"] if accelerator else ["cpu"]
-    args.device = there[0] if args.device == "auto" else args.device
-    try:
-        usable = torch.empty(0, device=args.device).device.type in there
-    except (RuntimeError, AssertionError):  # torch's words for a name or number it does not know
-        usable = False
-    if not usable:
+    there = ["cpu", accelerator.type] if accelerator else ["cpu"]
+    args.device = there[-1] if args.device == "auto" else args.device
+    if args.device not in there:
         fail(f"there is no --device {args.device} on this machine: choose from {', '.join(there)}")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if "cuda" in args.device else "gloo",
-                                timeout=timedelta(days=7))  # one may wait for another's members
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(timeout=timedelta(days=7))  # one may wait for another's members
     keep_freed_memory()
 
 # ---- 2. Keeping work: errors are sentences, randomness has names, results outlive the process ----
 
-VERSION = 2  # of the files in a run folder
+VERSION = 3  # of the files in a run folder
 
 class NesError(Exception):
     """What went wrong and what to do, in one sentence. `main` prints it and ends with status 2."""
@@ -187,8 +166,7 @@ def fail(sentence):
 def rng(*key):
     """A random generator that depends on `key` alone, for example (seed, "batch", epoch).
 
-    Nothing random is carried from step to step: a resumed run has no random state to restore, and
-    one more draw in one place changes nothing elsewhere.
+    No random state is carried from step to step, so that a resumed run has none to restore.
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -223,64 +201,56 @@ def load(path):
         fail(f"{path} was written by another version of nes.py: choose another --out")
     return state
 
-def is_finished(path):
-    """Whether a job left its whole result there."""
-    return (load(path) or {}).get("finished", False)
-
 def check_settings(data, args):
     """Refuse a run folder of other settings, images or nes.py; else note the settings there."""
-    path, now = Path(args.out) / "settings.json", {"images": data.digest, "version": VERSION}
-    now |= {name: value for name, value in vars(args).items() if name not in FREE}
+    path = Path(args.out) / "settings.json"
+    now = {"version": VERSION, "other images,": data.digest}
+    now |= {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in FREE}
     before = load(path) or now
     if before.get("version") != VERSION:
         fail(f"{args.out} holds a run of another version of nes.py: choose another --out")
-    changed = [f"--{name.replace('_', '-')} {before.get(name)} (now {now.get(name)})"
-               for name in sorted(before | now) if before.get(name) != now.get(name)]
+    changed = [f"{k} {before[k]} (now {now[k]})" for k in now if before[k] != now[k]]
     if changed:
-        words = ", ".join(changed).replace("--images", "other images,")
-        fail(f"{args.out} holds a run with {words}: choose another --out, or those settings")
+        fail(f"{args.out} holds a run with {', '.join(changed)}: choose another --out, or those "
+             "settings")
     if rank() == 0:
         save(path, json.dumps(now, indent=1))
 
-def resumable(name, steps, parts, rates, data, args, together=False):
+def resumable(name, steps, parts, data, args):
     """The loop under all training: yields (step, losses) for each step that is still to do.
 
-    name: of the phase, of its log rows and of its file <out>/<name>.pt; parts: name -> module or
-    optimizer, what the file keeps and what is loaded here if an earlier process left it; rates: the
-    flags to lower when a loss is not a number; together: the processes of a torchrun make each step
-    together, and the first one writes. The body puts its losses into the dict `losses`. At least 15
-    times, and every --log-every steps, their means become a log row and the file is written: parts,
-    "step", "seconds", and "history", a list of {"step": ..., loss: mean}.
+    name: of the phase, its log rows and its file <out>/<name>.pt; parts: name -> module or
+    optimizer, kept in the file and loaded from it. The body puts its losses into `losses`. At least
+    15 times, and every --log-every steps, their means become a log row, and the file is written:
+    the parts, "step", "seconds", and "history", a list of {"step": ..., loss: mean}.
     """
     check_settings(data, args)
-    path, writes = Path(args.out) / f"{name}.pt", rank() == 0 or not together
+    path = Path(args.out) / f"{name}.pt"
     state = load(path) or {"step": 0, "seconds": 0.0, "history": []}
     if state["step"]:
         for part, module in parts.items():
             module.load_state_dict(state[part])
-        if writes:
-            print(f"{name}: found at step {state['step']} of {steps} in {args.out}", flush=True)
+        print(f"{name}: found at step {state['step']} of {steps} in {args.out}", flush=True)
     start, sums = time.time() - state["seconds"], {}
     every = max(1, min(args.log_every, steps // 15))
     for step in range(state["step"], steps):
         losses = {}
         yield step, losses
         sums = {key: sums.get(key, 0) + value.detach() for key, value in losses.items()}
-        if (step + 1) % every == 0 or step + 1 == steps:
-            means = {key: float(value) / (step + 1 - state["step"]) for key, value in sums.items()}
-            if not all(map(math.isfinite, means.values())):
-                fail(f"the loss of {name} is not a number at step {step + 1}: lower {rates}, in "
-                     "another --out")
-            state |= {"step": step + 1, "seconds": time.time() - start, "history":
-                      [*state["history"], {"step": step + 1, **means}]}
-            sums, left = {}, state["seconds"] / (step + 1) * (steps - step - 1)
-            if writes:
-                words = "  ".join(f"{key} {value:.3f}" for key, value in means.items())
-                later = waiting() * state["seconds"] / (step + 1) * steps
-                print(f"{name:<19}{step + 1:>6}/{steps:<6}{words}   {state['seconds']:6.0f} s, "
-                      f"{left:5.0f} s left" + f", {left + later:5.0f} s for all" * (later > 0),
-                      flush=True)
-                save(path, state | {part: module.state_dict() for part, module in parts.items()})
+        done = step + 1
+        if done % every and done < steps:
+            continue
+        means = {key: float(value) / (done - state["step"]) for key, value in sums.items()}
+        if not all(map(math.isfinite, means.values())):
+            fail(f"the loss of {name} is not a number at step {done}: lower --lr (in a search "
+                 "--search-lr, --alpha-lr or --hyper-lr), in another --out")
+        history = [*state["history"], {"step": done, **means}]
+        sums, state = {}, {"step": done, "seconds": time.time() - start, "history": history}
+        left = (1 + waiting) * state["seconds"] / done * steps - state["seconds"]
+        words = "  ".join(f"{key} {value:.3f}" for key, value in means.items())
+        print(f"{name:<19}{done:>6}/{steps:<6}{words}   {state['seconds']:6.0f} s, {left:5.0f} s "
+              "left", flush=True)
+        save(path, state | {part: module.state_dict() for part, module in parts.items()})
 
 def anneal(optimizer, factor):
     """Set the learning rate to `factor` of the one that the optimizer was made with."""
@@ -310,62 +280,50 @@ def cores():
     except (OSError, ValueError):  # no container, or one without a quota, "max"
         return count
 
-waiting = lambda: 0.0  # the jobs that no process has begun, for each process; for the log alone
+waiting = 0  # jobs that this process has still to begin: what a row of the log says is left
+
+def work(i, workers, jobs, data, args):
+    """Do every workers-th job from the i-th on; on a CPU with one thread each."""
+    global waiting
+    mine, threads = jobs[i::workers], torch.get_num_threads()
+    torch.set_num_threads(1 if args.device == "cpu" else threads)
+    for waiting, (name, function, *arguments) in zip(reversed(range(len(mine))), mine):
+        function(name, *arguments, data, args)
+    torch.set_num_threads(threads)
 
 def deal_out(jobs, data, args):
     """Do all jobs, name -> (function, *arguments); each leaves <out>/<name>.pt, which all read.
 
-    The processes of a torchrun share them out. Else, on a CPU, --workers processes with one thread
-    each take them one by one: small kernels gain little from a second thread, and a result does not
-    depend on the number of cores.
+    The processes of a torchrun share them, or on a CPU --workers processes with one thread each:
+    small kernels gain little from a second, and results do not depend on the number of cores.
     """
-    jobs = [job for name, job in jobs.items() if not is_finished(Path(args.out) / f"{name}.pt")]
+    jobs = [(name, *job) for name, job in jobs.items()
+            if not (load_network(name, args) or {}).get("finished")]
     workers = min(args.workers or cores(), len(jobs))
+    barrier()  # all have the same list before one of them finishes something
     if world() > 1 or args.device != "cpu" or workers < 2:
-        barrier()  # all have the same list before one of them finishes something
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1 if args.device == "cpu" else threads)
-        take_up(jobs[rank()::world()], data, args, mp.Value("i", 0), 1)
-        for i in range(len(jobs[rank()::world()])):
-            work_on(i)
-        torch.set_num_threads(threads)
+        work(rank(), world(), jobs, data, args)
         return barrier()
     keep_freed_memory()  # this process waits from here on: give the search's memory to the workers
     # Pickled here, images go through a pipe: torch would use /dev/shm, which may be small.
-    inputs, context = pickle.dumps((jobs, data, args)), mp.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, start_worker,
-                             (inputs, context.Value("i", 0), workers)) as pool:
-        try:
-            for done in as_completed([pool.submit(work_on, i) for i in range(len(jobs))]):
-                done.result()
-        except BaseException as error:  # nothing is waited for; what was saved is found again
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in mp.active_children():
-                process.kill()
-            if isinstance(error, BrokenProcessPool):
-                fail("a worker ended early: repeat the command, with fewer --workers if memory is "
-                     "short (in a script of your own, call main under if __name__ == '__main__')")
-            raise
+    inputs = pickle.dumps((workers, jobs, data, args))
+    context = mp.spawn(start_worker, (inputs,), workers, join=False)
+    try:
+        while not context.join():
+            pass
+    except mp.ProcessRaisedException as error:  # its words end with those of the worker's error
+        fail(str(error).rpartition("NesError: ")[2])
+    except mp.ProcessExitedException:
+        fail("a worker ended early: repeat the command, with fewer --workers if memory is short")
+    finally:
+        for process in context.processes:
+            process.kill()
 
-def start_worker(inputs, begun, workers):
-    """Prepare a worker: it ends with its parent, however that ended, and leaves Ctrl-C to it."""
-    take_up(*pickle.loads(inputs), begun, workers)
+def start_worker(i, inputs):
+    """A worker's whole life, which ends with its parent's, however that ended."""
     threading.Thread(target=lambda: (mp.parent_process().join(), os._exit(1)), daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
     keep_freed_memory()
-
-def take_up(jobs, data, args, begun, workers):
-    """Remember what this process works on; begun: how many of the jobs all workers have begun."""
-    global waiting, work_at
-    work_at, waiting = (jobs, data, args, begun), lambda: (len(jobs) - begun.value) / workers
-
-def work_on(i):
-    jobs, data, args, begun = work_at
-    with begun.get_lock():
-        begun.value += 1
-    work, *arguments = jobs[i]
-    work(*arguments, data, args)
+    work(i, *pickle.loads(inputs))
 
 def lock(folder):
     """Refuse a run folder in which a living process works. To be closed; dies with its process."""
@@ -378,19 +336,6 @@ def lock(folder):
         return connection
     except sqlite3.OperationalError:
         fail(f"another process works in {folder}: wait for it, or choose another --out")
-
-def average_gradients(parameters):
-    """Data parallelism, all of it: the mean of the gradients that the processes got.
-
-    It is the whole batch's gradient where their shares of the batch are equal, but for batch norm
-    (and the second order's inner step), which see only their own share.
-    """
-    if world() > 1:
-        gradients = [p.grad for p in parameters if p.grad is not None]  # the same in all processes
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        for g, mean in zip(gradients, (flat / world()).split([g.numel() for g in gradients])):
-            g.copy_(mean.view_as(g))
 
 # ---- 3. Data: one uint8 tensor, four named splits ------------------------------------------------
 # train       the shared weights learn from it: L_train  } together "both": a member, whose
@@ -420,12 +365,11 @@ class Data:
         x = (images.float() / 255 - self.mean) / self.std
         return x.contiguous(memory_format=torch.channels_last)
 
-    def batch(self, split, size, step, key, part=slice(None), augment=True):
+    def batch(self, split, size, step, key, augment=True):
         """Batch number `step` of endless epochs over a split: images (B, C, H, W), labels (B,).
 
-        Each epoch has an order of its own, and its last, incomplete batch is dropped. key names the
-        stream of batches; part takes a share of the batch (a process's, under torchrun); augment:
-        shift and mirror, if the data's settings say so.
+        Each epoch has its own order; its last, incomplete batch is dropped. key names the stream of
+        batches; augment: shift and mirror, if the data's settings say so.
         """
         images, labels = self.splits[split]
         size = min(size, len(labels))
@@ -438,7 +382,7 @@ class Data:
             change = v2.Compose([v2.RandomCrop(self.shape[1:], self.crop, padding_mode="edge"),
                                  v2.RandomHorizontalFlip(0.5 * self.mirror)])
             x = torch.stack([change(image) for image in x])
-        return self.normalise(x[part]), y[part]
+        return self.normalise(x), y
 
 def load_data(dataset, data_dir="data", image_size=32, seed=0, device="cpu", crop=0, mirror=False):
     """Read a data set and split its training part at random by `seed` into the shares above.
@@ -452,7 +396,7 @@ def load_data(dataset, data_dir="data", image_size=32, seed=0, device="cpu", cro
         train, test, classes = read_torchvision(TORCHVISION[dataset], Path(data_dir))
     else:
         train, test, classes = read_folder(Path(dataset), image_size)
-    pixels = b"".join(part.numpy().tobytes() for part in (*train, *test))
+    digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in (*train, *test)))
     order = torch.randperm(len(train[1]), generator=rng(seed, "splits"))
     splits, start = {"test": test}, 0
     for name, share in SHARES.items():
@@ -461,11 +405,11 @@ def load_data(dataset, data_dir="data", image_size=32, seed=0, device="cpu", cro
     if not all(len(labels) for _, labels in splits.values()):
         fail(f"{dataset} has {len(order)} training images, too few for three splits: give it 20")
     splits["both"] = tuple(map(torch.cat, zip(splits["train"], splits["validation"])))
-    std, mean = torch.std_mean(splits["train"][0].float() / 255, dim=(0, 2, 3))
-    mean, std = mean.view(-1, 1, 1).to(device), std.clamp_min(1e-3).view(-1, 1, 1).to(device)
+    pixels = splits["train"][0].float() / 255
+    std, mean = (v.view(-1, 1, 1).to(device) for v in torch.std_mean(pixels, dim=(0, 2, 3)))
     splits = {name: (x.to(device), y.to(device)) for name, (x, y) in splits.items()}
-    return Data(splits, classes, mean, std, tuple(test[0].shape[1:]), crop, mirror,
-                hashlib.sha256(pixels).hexdigest()[:8])
+    return Data(splits, classes, mean, std.clamp_min(1e-3), tuple(test[0].shape[1:]), crop, mirror,
+                digest.hexdigest()[:8])
 
 def read_torchvision(dataset_class, root):
     """Train and test part, (images (N, C, H, W), labels) each, and the classes of a data set.
@@ -516,10 +460,7 @@ def read_folder(root, size):
 TOY_CLASSES = ["disc", "ring", "square", "diamond", "plus", "cross"]
 
 def toy(count, *key):
-    """Noisy drawings of six shapes; place, size, contrast and sign vary: no pixel tells the class.
-
-    Returns images (count, 1, 16, 16) uint8 and labels (count,).
-    """
+    """Noisy drawings of six shapes: images (count, 1, 16, 16) uint8 and labels (count,)."""
     generator = rng("toy", *key)
     draw = lambda low, high: low + (high - low) * torch.rand(count, 1, 1, generator=generator)
     axis, size = torch.arange(16.0), draw(3, 6)
@@ -538,6 +479,7 @@ def toy(count, *key):
 # An architecture is a tensor arch (2, E, O): arch[k, e, o] weighs operation o on edge e of cell
 # kind k. While DARTS searches it is soft, softmax(alpha), and every operation runs. A finished one
 # is 0/1 with 16 ones, its entries: in each cell two inputs for each of 4 nodes, an operation each.
+# Architectures stay on the CPU, where a network asks which of their numbers are 0; they are few.
 
 NAMES = ["max_pool_3x3", "avg_pool_3x3", "skip_connect",
          "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5"]
@@ -605,8 +547,12 @@ class FactorizedReduce(nn.Module):
 
 def separable(C, taps, stride, affine, dilation=1):
     """A filter for each channel, then a 1x1 convolution across the channels."""
-    return [DepthwiseConv(C, taps, stride, dilation), nn.Conv2d(C, C, 1, bias=False),
-            nn.BatchNorm2d(C, affine=affine)]
+    return nn.Sequential(DepthwiseConv(C, taps, stride, dilation), nn.Conv2d(C, C, 1, bias=False),
+                         nn.BatchNorm2d(C, affine=affine))
+
+def twice_separable(C, taps, stride, affine):
+    return nn.Sequential(separable(C, taps, stride, affine), nn.ReLU(),
+                         separable(C, taps, 1, affine))
 
 def pool(layer, C):
     """Pooling. Its batch norm stays in a finished network: this computes what the supernet did."""
@@ -620,52 +566,42 @@ OPERATIONS = {
         nn.AvgPool2d(3, stride, 1, count_include_pad=False), C),
     "skip_connect": lambda C, stride, affine: (
         nn.Identity() if stride == 1 else FactorizedReduce(C, C, affine)),
-    "sep_conv_3x3": lambda C, stride, affine: nn.Sequential(
-        *separable(C, 3, stride, affine), nn.ReLU(), *separable(C, 3, 1, affine)),
-    "sep_conv_5x5": lambda C, stride, affine: nn.Sequential(
-        *separable(C, 5, stride, affine), nn.ReLU(), *separable(C, 5, 1, affine)),
-    "dil_conv_3x3": lambda C, stride, affine: nn.Sequential(
-        *separable(C, 3, stride, affine, dilation=2)),
-    "dil_conv_5x5": lambda C, stride, affine: nn.Sequential(
-        *separable(C, 5, stride, affine, dilation=2)),
+    "sep_conv_3x3": lambda C, stride, affine: twice_separable(C, 3, stride, affine),
+    "sep_conv_5x5": lambda C, stride, affine: twice_separable(C, 5, stride, affine),
+    "dil_conv_3x3": lambda C, stride, affine: separable(C, 3, stride, affine, dilation=2),
+    "dil_conv_5x5": lambda C, stride, affine: separable(C, 5, stride, affine, dilation=2),
 }
 
 class MixedOp(nn.Module):
     """The mixed operation of an edge (DARTS, eq. 2): sum over o of weights[o] * o(x).
 
     names: the operations that the edge holds: all seven in a supernet, one or none in a finished
-    network. forward: x (B, C, H, W); weights (O,), zeros are not run, None for ones everywhere;
-    run: weights != 0 as a list, from a caller who knows it, so that a GPU is not asked edge by
-    edge.
+    network. forward: x (B, C, H, W); weights (O,), zeros are not run, None for ones everywhere.
     """
 
     def __init__(self, C, stride, affine=False, names=NAMES):
         super().__init__()
         self.ops = nn.ModuleDict({name: OPERATIONS[name](C, stride, affine) for name in names})
+        self.rectified = {name for name, op in self.ops.items() if list(op.parameters())}
 
-    def forward(self, x, weights=None, run=None):
-        if weights is not None and run is None:
-            run = (weights != 0).tolist()
-        rectified, total = None, 0
-        for name, op in self.ops.items():
-            o = NAMES.index(name)
-            if run is not None and not run[o]:
-                continue
-            if next(op.parameters(), None) is not None and rectified is None:
-                rectified = F.relu(x)
-            y = op(x if next(op.parameters(), None) is None else rectified)
-            total = total + (y if weights is None else weights[o] * y)
+    def forward(self, x, weights=None):
+        run = self.ops if weights is None else [NAMES[o] for o in weights.nonzero()]
+        rectified, total = F.relu(x) if self.rectified.intersection(run) else x, 0
+        for name in run:
+            y = self.ops[name](rectified if name in self.rectified else x)
+            total = total + (y if weights is None else weights[NAMES.index(name)] * y)
         return total
 
 class Cell(nn.Module):
     """A DARTS cell (DARTS, section 2.1): two inputs, four nodes, each the sum of its edges.
 
-    names: for each edge the operations that it holds, None for all. forward: s0 and s1, what the
-    last two cells gave, rectified; arch (E, O) or None, and run, as in MixedOp. Returns the nodes,
-    concatenated: (B, 4C, H, W), or (B, 4C, H/2, W/2) from a reduction cell.
+    names: for each edge the operations that it holds. forward: s0 and s1, what the last two cells
+    gave, rectified; arch (E, O), or None as in MixedOp. Returns the nodes, concatenated:
+    (B, 4C, H, W), or (B, 4C, H/2, W/2) from a reduction cell.
     """
 
-    def __init__(self, C_before, C_last, C, reduction, after_reduction, affine=False, names=None):
+    def __init__(self, C_before, C_last, C, reduction, after_reduction, affine=False,
+                 names=[NAMES] * len(EDGES)):
         super().__init__()
         self.reduction = reduction
         align = lambda C_in: nn.Sequential(nn.Conv2d(C_in, C, 1, bias=False),
@@ -674,17 +610,15 @@ class Cell(nn.Module):
                        align(C_before))
         self.align1 = align(C_last)
         self.edges = nn.ModuleList(
-            MixedOp(C, 2 if reduction and source < 2 else 1, affine, names[e] if names else NAMES)
-            for e, (source, _) in enumerate(EDGES))
+            MixedOp(C, 2 if reduction and source < 2 else 1, affine, held)
+            for (source, _), held in zip(EDGES, names))
 
-    def forward(self, s0, s1, arch=None, run=None):
+    def forward(self, s0, s1, arch=None):
         states = [self.align0(s0), self.align1(s1)]
         for node in range(NODES):
-            total = 0
-            for e in range(len(EDGES))[edges_of(node)]:
-                weights = () if arch is None else (arch[e], run and run[e])
-                total = total + self.edges[e](states[EDGES[e][0]], *weights)
-            states.append(gradient_channels_last(total))
+            edges = range(len(EDGES))[edges_of(node)]
+            states.append(gradient_channels_last(sum(self.edges[e](
+                states[EDGES[e][0]], None if arch is None else arch[e]) for e in edges)))
         return torch.cat(states[2:], dim=1)
 
 class Network(nn.Module):
@@ -706,10 +640,10 @@ class Network(nn.Module):
         # Departure from DARTS: the stem halves H and W. Dense convolutions are what a CPU does
         # best, and every cell behind them costs a quarter.
         self.stem = nn.Sequential(
-            nn.Conv2d(C_in, 2 * C, 3, padding=1, bias=False), nn.BatchNorm2d(2 * C), nn.ReLU(),
-            nn.Conv2d(2 * C, 4 * C, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(4 * C))
-        names = [None, None] if arch is None else [
-            [[NAMES[o] for o in edge.nonzero()] for edge in cell] for cell in arch]
+            nn.Conv2d(C_in, C, 3, padding=1, bias=False), nn.BatchNorm2d(C), nn.ReLU(inplace=True),
+            nn.Conv2d(C, 4 * C, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(4 * C))
+        holds = torch.ones(2, len(EDGES), len(NAMES)) if arch is None else arch
+        names = [[[NAMES[o] for o in edge.nonzero()] for edge in cell] for cell in holds]
         self.cells = nn.ModuleList()
         C_before, C_last, after_reduction = 4 * C, 4 * C, False
         for i in range(cells):
@@ -721,12 +655,10 @@ class Network(nn.Module):
         self.classifier = nn.Linear(C_last, classes)
 
     def forward(self, x, arch=None):
-        run = None if arch is None else (arch != 0).tolist()  # looked at once, so a GPU waits once
         out = self.stem(x)                                                    # (B, 4C, H/2, W/2)
         s0 = s1 = F.relu(out)  # rectified here, since the next two cells both read it
         for cell in self.cells:
-            kind = int(cell.reduction)
-            out = cell(s0, s1) if arch is None else cell(s0, s1, arch[kind], run[kind])
+            out = cell(s0, s1, None if arch is None else arch[int(cell.reduction)])
             s0, s1 = s1, F.relu(out)
         return self.classifier(gradient_channels_last(out).mean(dim=(2, 3)))  # (B, Y)
 
@@ -741,9 +673,8 @@ def build(key, data, C, cells, arch=None, affine=None):
 def second_order_loss(net, w_batch, a_batch, arch, xi):
     """L_val(w', alpha) with w' = w - xi grad_w L_train(w, alpha), as a function of alpha.
 
-    DARTS, eq. 6. The inner step stays in autograd's graph, so that the gradient is exact: no copy
-    of the network, no finite differences. arch: (2, E, O), softmax(alpha); xi: the inner learning
-    rate.
+    DARTS, eq. 6. The inner step stays in autograd's graph: an exact gradient, no finite
+    differences. arch: (2, E, O), softmax(alpha); xi: the inner learning rate.
     """
     (x, y), (x_val, y_val) = w_batch, a_batch
     names, w = zip(*net.named_parameters())
@@ -751,20 +682,17 @@ def second_order_loss(net, w_batch, a_batch, arch, xi):
     stepped = {name: value - xi * g for name, value, g in zip(names, w, gradients)}
     return F.cross_entropy(torch.func.functional_call(net, stepped, (x_val, arch)), y_val)
 
-def search_step(net, arch, penalty, w_batch, a_batch, w_optimizer, a_optimizer, second_order=False,
-                average=lambda parameters: None):
+def search_step(net, arch, penalty, w_batch, a_batch, w_optimizer, a_optimizer, second_order=False):
     """A step on the weights w, then one on the parameters that made `arch` (DARTS, algorithm 1).
 
-    arch: (2, E, O), differentiable in the parameters of a_optimizer; penalty: a scalar, added to
-    L_val; batches: (x, y); average: called with parameters whose gradients are there. Returns the
-    losses. Unlike in DARTS w steps first, so that the inner step of the second order repeats the
-    batch of the last step on w.
+    arch: (2, E, O), differentiable in the parameters of a_optimizer; penalty: added to L_val;
+    batches: (x, y). Returns the losses. Unlike in DARTS w steps first: the second order's inner
+    step repeats its batch.
     """
     (x, y), (x_val, y_val) = w_batch, a_batch
     train_loss = F.cross_entropy(net(x, arch.detach()), y)
     w_optimizer.zero_grad()
     train_loss.backward()
-    average(net.parameters())
     nn.utils.clip_grad_norm_(net.parameters(), 5.0)
     w_optimizer.step()
 
@@ -778,39 +706,37 @@ def search_step(net, arch, penalty, w_batch, a_batch, w_optimizer, a_optimizer, 
     net.requires_grad_(True)
     for parameter, gradient in zip(parameters, gradients):
         parameter.grad = gradient
-    average(parameters)
     a_optimizer.step()
     return {"train": train_loss, "validation": loss, "penalty": torch.as_tensor(penalty)}
 
-def search_rounds(name, net, architecture, a_rate, steps, data, args):
+def search_rounds(name, net, architecture, a_rate, steps, data, args, second_order=False):
     """The loop of both searches: yields (step, take); take(arch, penalty) does a `search_step`.
 
     SGD for the weights and Adam for the module `architecture`, as in DARTS; the learning rates fall
-    as a cosine, alpha's too, without weight decay for it. a_rate: the name of its flag.
+    as a cosine, alpha's (a_rate) too, without weight decay for it.
     """
     w_optimizer = torch.optim.SGD(net.parameters(), args.search_lr, 0.9, weight_decay=3e-4)
-    a_optimizer = torch.optim.Adam(architecture.parameters(), getattr(args, a_rate), (0.5, 0.999))
+    a_optimizer = torch.optim.Adam(architecture.parameters(), a_rate, (0.5, 0.999))
     parts = {"net": net, "architecture": architecture, "w_optimizer": w_optimizer,
              "a_optimizer": a_optimizer}
-    rates = f"--search-lr or --{a_rate.replace('_', '-')}"
-    share = slice(rank(), None, world())  # of a batch, for this process of a torchrun
     net.train()
-    for step, losses in resumable(name, steps, parts, rates, data, args, together=True):
-        batches = [data.batch(split, args.search_batch, step, (args.seed, name, split), share)
+    for step, losses in resumable(name, steps, parts, data, args):
+        batches = [data.batch(split, args.search_batch, step, (args.seed, name, split))
                    for split in ("train", "validation")]
         for optimizer in (w_optimizer, a_optimizer):
             anneal(optimizer, (1 + math.cos(math.pi * step / steps)) / 2)
         yield step, lambda arch, penalty=0.0: losses.update(search_step(
-            net, arch, penalty, *batches, w_optimizer, a_optimizer,
-            args.second_order and name != "hyper", average_gradients))
+            net, arch, penalty, *batches, w_optimizer, a_optimizer, second_order))
 
-def base_search(name, net, data, args):
-    """Step 1 of the method: DARTS trains `net`, a supernet, and alpha. Returns softmax(alpha)."""
+def base_search(name, data, args):
+    """Step 1 of the method: DARTS trains a supernet and alpha; returns it and softmax(alpha)."""
+    net = build((args.seed, name), data, args.search_channels, args.search_cells)
     alpha = 1e-3 * torch.randn(2, len(EDGES), len(NAMES), generator=rng(args.seed, name))
-    table = nn.ParameterDict({"alpha": alpha}).to(args.device)
-    for _, take in search_rounds(name, net, table, "alpha_lr", args.base_steps, data, args):
+    table = nn.ParameterDict({"alpha": alpha})
+    for _, take in search_rounds(name, net, table, args.alpha_lr, args.base_steps, data, args,
+                                 args.second_order):
         take(table["alpha"].softmax(dim=-1))
-    return table["alpha"].detach().softmax(dim=-1)
+    return net, table["alpha"].detach().softmax(dim=-1)
 
 # ---- 7. The Jensen-Shannon divergence and the hypernetwork ---------------------------------------
 
@@ -822,9 +748,8 @@ def jensen_shannon(p, q):
 
     Two one-hot distributions have m = p where they agree, JSd = 0; else m gives 1/2 to either
     operation, and JSd = 1/2 ln 2 + 1/2 ln 2 = ln 2. So the mean JSd of two finished architectures
-    is ln 2 times the share of entries that differ (`divergence`). That share is linear in the
-    probabilities of the base's operations: so extended to soft p it is what the hypernetwork
-    descends (`differing_share`), as JSd's own gradient is infinite at a one-hot.
+    is ln 2 times the share of entries that differ (`divergence`). Its linear extension to soft p is
+    what the hypernetwork descends (`differing_share`): JSd's own gradient is infinite there.
     """
     tiny = torch.finfo(p.dtype).tiny
     m = (p + q) / 2
@@ -845,9 +770,9 @@ def differing_share(arch, p, base):
     """divergence(arch, base) / ln 2 with a gradient for p: the share of the base's entries lost.
 
     1 - sum(base * (arch + p - stop_gradient(p))) / 16, arch = discretise(p), p (2, E, O). Straight
-    through: forward it counts entries, backward it is linear in p, whose every entry of the base
-    has a gradient. (With arch * (1 + p - stop_gradient(p)), which serves the network's losses, only
-    operations that are already chosen would have one, and the dial would not move.)
+    through: forward it counts entries, backward it is linear in p at every entry of the base. (With
+    arch * (1 + p - stop_gradient(p)), which serves the network's losses, only operations already
+    chosen would have a gradient, and the dial would not move.)
     """
     return 1 - (base * (arch + p - p.detach())).sum() / base.sum()
 
@@ -855,8 +780,8 @@ def diversity_loss(arch, p, base, lam, strength=30.0):
     """c (share - lambda)^2: the term, added to L_val, that puts the hypernetwork at its lambda.
 
     Departure from the paper, the default: with - lambda JSd each entry has a threshold, and how
-    many have crossed it depends on how long one trains. This form has a resting point, and lambda
-    reads as the share of the base's entries that the architecture has not.
+    many have crossed it depends on how long one trains. This form has a resting point: lambda is
+    the share of the base's entries that the architecture has not.
     """
     return strength * (differing_share(arch, p, base) - lam) ** 2
 
@@ -867,7 +792,8 @@ def paper_diversity_loss(p, smoothed_base, lam):
     """
     return -lam * jensen_shannon(smoothed_base, p).mean()
 
-PAPER_START = 0.3     # the smoothing at which the pivots start, with the paper's term
+TAU = 0.1             # smoothing of the base where it becomes logits, and in the paper's term
+PAPER_START = 0.3     # the smoothing at which the pivots start with the paper's term
 DROPPED_EXTRA = 0.25  # so much softer is an edge that the base drops; its operation still leads
 
 def smooth(p, tau):
@@ -889,8 +815,7 @@ class HyperNetwork(nn.Module):
     makes alpha jump at every pivot.
 
     start: (2, E, O) or any shape, the logits that every pivot begins with.
-    forward: lambda, a number or a tensor (...) -> logits (..., 2, E, O). Within [0, lambda_max];
-    beyond, which is not checked, the outermost lines go on.
+    forward: lambda, a number or a tensor (...), in [0, lambda_max] -> logits (..., 2, E, O).
     """
 
     def __init__(self, start, pivots=6, lambda_max=1.0):
@@ -915,7 +840,7 @@ def draw_lambda(lambda_max, generator):
 def draw_probabilities(logits, noise, generator):
     """softmax(logits + noise * Gumbel): with noise 1 its argmax is a draw from softmax(logits)."""
     gumbel = -torch.empty(logits.shape).exponential_(generator=generator).log()
-    return (logits + noise * gumbel.to(logits.device)).softmax(dim=-1)
+    return (logits + noise * gumbel).softmax(dim=-1)
 
 def train_hypernetwork(net, base_p, data, args):
     """Step 2 of the method: min over the tables a of E_lambda [L_val(w, arch) + diversity_loss].
@@ -928,27 +853,20 @@ def train_hypernetwork(net, base_p, data, args):
     in GDAS (Dong and Yang, 2019): forward arch, backward softmax.
     """
     base, paper = discretise(base_p), args.objective == "paper"
-    start = smooth(base_p, PAPER_START if paper else args.tau).log()
-    hyper = HyperNetwork(start, args.pivots, args.lambda_max).to(args.device)
-    for step, take in search_rounds("hyper", net, hyper, "hyper_lr", args.hyper_steps, data, args):
+    start = smooth(base_p, PAPER_START if paper else TAU).log()
+    hyper = HyperNetwork(start, args.pivots, args.lambda_max)
+    for step, take in search_rounds("hyper", net, hyper, args.hyper_lr, args.hyper_steps, data,
+                                    args):
         generator = rng(args.seed, "hyper", step)
         lam = draw_lambda(args.lambda_max, generator)
         logits = hyper(lam)
         p = draw_probabilities(logits, args.noise * (1 - step / args.hyper_steps), generator)
         arch = discretise(p)
         if paper:
-            penalty = paper_diversity_loss(logits.softmax(dim=-1), smooth(base_p, args.tau), lam)
+            penalty = paper_diversity_loss(logits.softmax(dim=-1), smooth(base_p, TAU), lam)
         else:
             penalty = diversity_loss(arch, p, base, lam, args.strength)
         take(arch * (1 + p - p.detach()), penalty)
-    return hyper
-
-def load_hypernetwork(folder):
-    """The HyperNetwork of a run folder, from which any number of architectures can be read."""
-    state = load(Path(folder) / "hyper.pt") or fail(f"there is no hypernetwork in {folder}")
-    table, pivots = state["architecture"]["table"], state["architecture"]["pivots"]
-    hyper = HyperNetwork(table[0], len(pivots), pivots[-1].item())
-    hyper.load_state_dict(state["architecture"])
     return hyper
 
 # ---- 8. Sampling in one shot, and the lambda response: is lambda a dial? -------------------------
@@ -1009,33 +927,32 @@ def train(name, net, epochs, key, data, args, architecture=lambda step: None):
     """Train a network on all training images, resumably; one recipe for every method.
 
     AdamW, its learning rate rising over the first fifth of the steps and falling to zero over the
-    rest; the last weights are kept, there is no maximum over epochs. key: names the batches' order;
-    architecture(step): what `net` is to run at a step, None for all that it holds. Returns its
-    seconds and history.
+    rest; the last weights are kept. key: names the batches' order; architecture(step): what `net`
+    is to run at a step, None for all that it holds. Returns its seconds and history.
     """
     optimizer = torch.optim.AdamW(net.parameters(), args.lr, (0.9, 0.99), fused=True,
                                   weight_decay=args.weight_decay)
     steps = max(1, epochs * len(data.splits["both"][1]) // args.batch)
-    parts = {"net": net, "optimizer": optimizer}
     net.train()
-    for step, losses in resumable(name, steps, parts, "--lr", data, args):
+    for step, losses in resumable(name, steps, {"net": net, "optimizer": optimizer}, data, args):
         progress = step / steps
         # + 0.01, so that the first step is not lost
         anneal(optimizer, min(progress / WARM_UP + 0.01, (1 - progress) / (1 - WARM_UP)))
         x, y = data.batch("both", args.batch, step, key)
-        loss = F.cross_entropy(net(x, architecture(step)), y)
+        losses["train"] = F.cross_entropy(net(x, architecture(step)), y)
         optimizer.zero_grad()
-        loss.backward()
+        losses["train"].backward()
         optimizer.step()
-        losses.update(train=loss)
-    state = load(Path(args.out) / f"{name}.pt")
-    return {key: state[key] for key in ("step", "seconds", "history")}
+    return {key: load_network(name, args)[key] for key in ("step", "seconds", "history")}
 
 @torch.no_grad()
 def predict(net, images, data):
     """Probabilities (N, Y) of images (N, C, H, W) uint8, on the CPU. Leaves net in eval mode."""
     net.eval()
     return torch.cat([net(data.normalise(x)).softmax(dim=-1).cpu() for x in images.split(500)])
+
+def load_network(name, args):
+    return load(Path(args.out) / f"{name}.pt")
 
 def finish(name, net, state, data, args):
     """Save a finished network: its state, all that `load_member` needs, and its probabilities."""
@@ -1048,21 +965,15 @@ def fingerprint(arch):
     """Eight letters that name an architecture."""
     return hashlib.sha256(json.dumps(genotype(arch)).encode()).hexdigest()[:8]
 
-def member_name(arch, index):
-    return f"members/{fingerprint(arch)}-{index}"
+def train_member(name, arch, index, data, args):
+    """Train a finished architecture from scratch and leave it in <out>/<name>.pt.
 
-def train_member(arch, index, data, args):
-    """Train a finished architecture from scratch and leave it in <out>/members/.
-
-    index: the network's place in its method's list. Networks of one index see the same batches, in
-    every method; those of one architecture and different index differ in initial weights and
-    batches. Methods that ask for the same network share it, and so does a later run with more
-    samples.
+    index: the network's place in its method's list, which alone decides its initial weights and
+    batches. Methods that ask for the same network share it, and so does a later run.
     """
-    name, key = member_name(arch, index), (args.seed, "member", index)
+    key = (args.seed, "member", index)
     net = build(key, data, args.channels, args.cells, arch)
-    state = train(name, net, args.epochs, key, data, args)
-    finish(name, net, state, data, args)
+    finish(name, net, train(name, net, args.epochs, key, data, args), data, args)
 
 def load_member(path):
     """A finished network from its file alone: (net, data), on the CPU, net in eval mode.
@@ -1082,47 +993,39 @@ def load_member(path):
 
 RECALIBRATION = (20, 256)  # batches, and images of each: the average of few would be noisy
 
-def train_shared(data, args):
+def train_shared(name, hyper, data, args):
     """Train one supernet of the members' size for the architectures of the frozen hypernetwork.
 
     A fresh lambda each step, and the one architecture that is read there; otherwise the members'
-    recipe and all their images. The supernet of the search, with which alpha learned, is smaller,
-    saw half of the images, and served architectures that kept changing. Here no alpha learns, so
-    batch norm may have scale and shift. Saved as <out>/shared.pt.
+    recipe and all their images. The search's own supernet is smaller, saw half of the images, and
+    served architectures that kept changing. Here no alpha learns: batch norm may scale and shift.
     """
-    hyper = load_hypernetwork(args.out)
-    net = build((args.seed, "shared"), data, args.channels, args.cells, affine=True)
-
-    def architecture(step):
-        lam = draw_lambda(args.lambda_max, rng(args.seed, "shared", step))
-        return sample(hyper, [lam])[0].to(args.device)
-
-    key = (args.seed, "shared")
-    state = train("shared", net, args.shared_epochs, key, data, args, architecture)
-    save(Path(args.out) / "shared.pt", state | {"finished": True, "net": net.state_dict()})
+    key = (args.seed, name)
+    net = build(key, data, args.channels, args.cells, affine=True)
+    state = train(name, net, args.shared_epochs, key, data, args, lambda step: sample(
+        hyper, [draw_lambda(args.lambda_max, rng(*key, step))])[0])
+    save(Path(args.out) / f"{name}.pt", state | {"finished": True, "net": net.state_dict()})
 
 def shared_network(data, args):
     """The supernet of the one-shot scores; without --shared-epochs the hypernetwork's own."""
-    folder, key = Path(args.out), (args.seed, "shared")
     if args.shared_epochs:
-        net, file = build(key, data, args.channels, args.cells, affine=True), folder / "shared.pt"
+        net, name = build((), data, args.channels, args.cells, affine=True), "shared"
     else:
-        net, file = build(key, data, args.search_channels, args.search_cells), folder / "hyper.pt"
-    net.load_state_dict(load(file)["net"])
+        net, name = build((), data, args.search_channels, args.search_cells), "hyper"
+    net.load_state_dict(load_network(name, args)["net"])
     return net
 
 @torch.no_grad()
 def one_shot(shared, arch, batches):
     """A finished network with the shared weights of its operations: no training at all.
 
-    shared: a supernet; arch: (2, E, O), 0/1; batches: images as the network wants to see them. One
-    set of weights serves many architectures, so batch norm's statistics are taken anew for each, as
-    plain averages over the batches.
+    shared: a supernet; arch: (2, E, O), 0/1; batches: images as the network wants to see them. As
+    one set of weights serves many architectures, batch norm's statistics are taken anew for each.
     """
     C_in, classes, C, cells, _, affine = shared.config
-    net = Network(C_in, classes, C, cells, arch, affine).to(arch.device)
-    weights = shared.state_dict()
+    net, weights = Network(C_in, classes, C, cells, arch, affine), shared.state_dict()
     net.load_state_dict({name: weights[name] for name in net.state_dict()})
+    net.to(next(shared.parameters()).device)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
@@ -1134,13 +1037,13 @@ def one_shot(shared, arch, batches):
 def one_shot_name(arch):
     return f"one_shot/{fingerprint(arch)}"
 
-def score_one_shot(arch, data, args):
-    """Make an architecture's one-shot network and leave it in <out>/one_shot/."""
+def score_one_shot(name, arch, data, args):
+    """Make an architecture's one-shot network and leave it in <out>/<name>.pt."""
     start, (count, size) = time.time(), RECALIBRATION
     batches = (data.batch("train", size, step, (args.seed, "recalibration"), augment=False)[0]
                for step in range(count))
-    net = one_shot(shared_network(data, args), arch.to(args.device), batches)
-    finish(one_shot_name(arch), net, {"seconds": time.time() - start}, data, args)
+    net = one_shot(shared_network(data, args), arch, batches)
+    finish(name, net, {"seconds": time.time() - start}, data, args)
 
 # ---- 11. The ensemble and its metrics ------------------------------------------------------------
 
@@ -1155,15 +1058,14 @@ class Ensemble(nn.Module):
         super().__init__()
         self.members, self.data = nn.ModuleList(members), data
 
-    @torch.no_grad()
     def forward(self, images):
-        x = self.data.normalise(images)
-        return torch.stack([net(x).softmax(dim=-1) for net in self.members]).mean(dim=0)
+        return torch.stack([predict(net, images, self.data) for net in self.members]).mean(dim=0)
 
 def load_ensemble(folder, one_shots=0):
     """The Ensemble of a finished run folder: its trained members, or its first `one_shots` one-shot
     networks. Raises NesError where they are not there."""
-    results = load_results(folder)
+    results = load(Path(folder) / "results.json") or fail(
+        f"{folder} holds no results.json: finish that run first")
     files = [member["file"] for member in results["members"]]
     if one_shots:
         files = results["one_shots"]["files"][:one_shots]
@@ -1226,7 +1128,7 @@ def forward_selection(probs, labels, count):
         chosen.append(min(rest, key=lambda i: ensemble_metrics(probs[chosen + [i]], labels)["nll"]))
     return chosen
 
-# ---- 12. Other ensemble searches, and the report -------------------------------------------------
+# ---- 12. Other ensemble searches -----------------------------------------------------------------
 
 def random_architecture(*key):
     """Two random inputs of each node, a random operation each: what random strengths give."""
@@ -1235,157 +1137,51 @@ def random_architecture(*key):
 def perturb(base, member, *key):
     """The base with as many entries changed at random as `member` has: the control for the dial.
 
-    Like for like: as many entries get another input as edges of the base that member drops (node 0
-    has none to give), and as many another operation as there are edges on which member has one.
+    Like for like: as many inputs, and of these as many operations, are the base's as member's are.
     """
-    generator, arch, kept = rng(*key), base.clone(), member.sum(dim=-1).bool()
-    shuffled = lambda items: [items[i] for i in torch.randperm(len(items), generator=generator)]
-    draw = lambda count: torch.randint(count, (), generator=generator).item()
-    entries = [(k, e) for k, e, _ in base.nonzero().tolist()]
-    moves = sum(not kept[entry] for entry in entries)
-    changes, unmoved = ENTRIES - int(matched_entries(member, base)) - moves, []
-    for k, e in shuffled(entries):
-        free = [new for new in range(len(EDGES))[edges_of(EDGES[e][1])]
-                if not (base[k, new].any() or arch[k, new].any())]
-        if moves and free:
-            arch[k, e], moves = 0, moves - 1
-            arch[k, shuffled(free)[0], draw(len(NAMES))] = 1
-        else:
-            unmoved.append((k, e))
-    for entry in shuffled(unmoved)[:changes]:
-        arch[entry] = arch[entry].roll(1 + draw(len(NAMES) - 1))  # to one of the other operations
-    return arch
+    inputs = lambda arch: (arch.sum(dim=-1) * base.sum(dim=-1)).sum(dim=(-2, -1))
+    entries, generator = lambda arch: matched_entries(arch, base), rng(*key)
+    draw = lambda O: torch.rand(1000, 2, len(EDGES), O, generator=generator)
+    while True:  # a random architecture that keeps an input, or its entry, more or less often
+        stays = draw(1) < inputs(member) / ENTRIES
+        same = draw(1) < entries(member) / inputs(member)
+        leaning = torch.where(stays, 1 + same * base, -1)  # stronger than all others, or weaker
+        archs = discretise(draw(len(NAMES)) + leaning * base.sum(dim=-1, keepdim=True))
+        alike = (inputs(archs) == inputs(member)) & (entries(archs) == entries(member))
+        if alike.any():
+            return archs[alike.nonzero()[0, 0]]
 
 POOL = 50  # samples of which "chosen" chooses
 
 def choose(pool, data, args):
-    """Of the distinct sampled architectures those that help each other most in one shot.
+    """The distinct ones of sampled architectures that help each other most in one shot.
 
-    By forward selection of NLL on the selection split, from the saved scores of `score_one_shot`.
+    By forward selection of NLL on the selection split, which `score_one_shot` has predicted.
     """
-    distinct = list({one_shot_name(arch): arch for arch in pool}.items())
-    probs = torch.stack([load(Path(args.out) / f"{name}.pt")["selection"] for name, _ in distinct])
-    count = min(args.samples, len(distinct))
-    chosen = forward_selection(probs, data.splits["selection"][1].cpu(), count)
-    return [distinct[chosen[i % count]][1] for i in range(args.samples)]
+    distinct = {one_shot_name(arch): arch for arch in pool}
+    probs = torch.stack([load_network(name, args)["selection"] for name in distinct])
+    labels, count = data.splits["selection"][1].cpu(), min(args.samples, len(distinct))
+    chosen = [[*distinct.values()][i] for i in forward_selection(probs, labels, count)]
+    return [chosen[i % count] for i in range(args.samples)]
 
-def baseline_architectures(name, base, archs, data, args):
-    """The architectures that a baseline trains; archs: (M, 2, E, O), those of our members."""
-    M, seed = len(archs), args.seed
-    if name == "deep":
-        return [base] * M
-    if name == "perturbed":
-        return [perturb(base, arch, seed, "perturbed", i) for i, arch in enumerate(archs)]
-    if name in ("random", "nes-rs"):
-        count = M if name == "random" else 2 * M
-        return [random_architecture(seed, "random", i) for i in range(count)]
-    found = [base]  # "darts"; the first search is the base's
-    for i in range(1, M):
-        net = build((seed, f"base-{i}"), data, args.search_channels, args.search_cells)
-        found.append(discretise(base_search(f"base-{i}", net, data, args)).cpu())
-    return found
+def architectures(method, base, pool, data, args):
+    """What a method trains; base: its finished architecture; pool: sampled ones, spread lambdas."""
+    M, seed = args.samples, args.seed
+    return {
+        "ours": lambda: pool[:M],
+        "chosen": lambda: choose(pool, data, args),
+        "single": lambda: [base],
+        "deep": lambda: [base] * M,
+        "perturbed": lambda: [perturb(base, arch, seed, "perturbed", i)
+                              for i, arch in enumerate(pool[:M])],
+        "random": lambda: [random_architecture(seed, "random", i) for i in range(M)],
+        "nes-rs": lambda: [random_architecture(seed, "random", i) for i in range(2 * M)],
+        "darts": lambda: [base, *(discretise(load_network(name, args)["architecture"][
+            "alpha"].softmax(dim=-1)) for name in other_searches(M))]}[method]()
 
-def seconds_of(names, args):
-    """What some phases or networks took together, from their files."""
-    return sum(load(Path(args.out) / f"{name}.pt")["seconds"] for name in names)
-
-def search_phases(method, args):
-    """The searches that a method needs."""
-    if method == "darts":
-        return ["base", *(f"base-{i}" for i in range(1, args.samples))]
-    return {"random": [], "nes-rs": [], "deep": ["base"], "perturbed": ["base"],
-            "single": ["base"]}.get(method, ["base", "hyper"])
-
-def method_rows(method, names, base, data, args):
-    """A row of the ledger for each network of a method, and one for the ensemble of the chosen.
-
-    names: of the networks' files. Tables and results.json are made of these rows, dicts.
-    """
-    states = [load(Path(args.out) / f"{name}.pt") for name in names]
-    labels = {split: data.splits[split][1].cpu() for split in ("selection", "test")}
-    probs = {split: torch.stack([state[split] for state in states]) for split in labels}
-    chosen, rows = list(range(len(states))), []
-    if method == "nes-rs":
-        chosen = forward_selection(probs["selection"], labels["selection"], args.samples)
-    for i, (name, state) in enumerate(zip(names, states)):
-        arch = state["network"][4]
-        selection = member_metrics(probs["selection"][i], labels["selection"])
-        rows.append({"method": method, "index": i, "chosen": int(i in chosen), "lambda": "",
-                     "entries": int(matched_entries(arch, base)), "seconds": state["seconds"],
-                     **member_metrics(probs["test"][i], labels["test"]),
-                     "selection_accuracy": selection["accuracy"], "selection_nll": selection["nll"],
-                     "file": f"{name}.pt", "genotype": json.dumps(genotype(arch))})
-    accuracies = [rows[i]["accuracy"] for i in chosen]
-    shared = ["shared"] * (args.shared_epochs > 0 and "one-shot" in method)
-    return [*rows, {
-        "method": method, "index": "ensemble",
-        **ensemble_metrics(probs["test"][chosen], labels["test"]),
-        "member_mean": sum(accuracies) / len(chosen), "member_best": max(accuracies),
-        "networks": len(rows), "search_seconds": seconds_of(search_phases(method, args), args),
-        "training_seconds": seconds_of({*shared, *names}, args)}]
-
-def ledger(rows, args):
-    """CSV text: a row for each network and for each ensemble of a run."""
-    text, columns = io.StringIO(), dict.fromkeys(["dataset", "seed"] + sum(map(list, rows), []))
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({"dataset": args.dataset, "seed": args.seed, **row} for row in rows)
-    return text.getvalue()
-
-def table(rows):
-    """Rows, dicts of strings with the same keys, as Markdown that reads as plain text as well."""
-    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    cells.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(cell.rjust(width) if i else cell.ljust(width) for i, (
-        cell, width) in enumerate(zip(line, widths))) + " |" for line in cells)
-
-# name in results.json -> title, factor, digits
-COLUMNS = {"accuracy": ("accuracy, %", 100, 2), "nll": ("NLL", 1, 4), "brier": ("Brier", 1, 4),
-           "ece": ("ECE", 1, 4), "oracle_accuracy": ("oracle, %", 100, 2),
-           "disagreement": ("disagree, %", 100, 2), "predictive_jsd": ("pred. JSd", 1, 4),
-           "member_mean": ("mean member, %", 100, 2), "member_best": ("best member, %", 100, 2),
-           "networks": ("networks", 1, 0), "search_seconds": ("search, s", 1, 0),
-           "training_seconds": ("training, s", 1, 0)}
-# The 97.5 % quantile of Student's t for 1 to 9 degrees of freedom
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-def mean_std(values, digits):
-    spread = f" +- {values.std():.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{spread}"
-
-def mean_interval(values, digits):
-    """Mean and 95 % interval of paired differences, by Student's t."""
-    mean, half = values.mean(), T_975[len(values) - 2] * values.std() / math.sqrt(len(values))
-    return f"{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"
-
-def report(runs):
-    """Markdown: the methods of finished runs (their results, one run a seed), mean +- deviation.
-
-    Then, for two to ten runs, each method's differences to "deep" and to "perturbed", paired by
-    seed. Raises NesError for runs that differ in more than the seed.
-    """
-    free = (FREE - {"samples"}) | {"seed", "images"}
-    settings = [{name: value for name, value in run["settings"].items() if name not in free}
-                for run in runs]
-    seeds = {run["settings"]["seed"] for run in runs}
-    if any(other != settings[0] for other in settings) or len(seeds) < len(runs):
-        fail("--report compares runs of different seeds and otherwise the same settings: "
-             + ", ".join(run["settings"]["out"] for run in runs) + " are not")
-    methods = [name for name in runs[0]["methods"] if all(name in run["methods"] for run in runs)]
-    value = lambda name, key: COLUMNS[key][1] * torch.tensor(
-        [run["methods"][name][key] for run in runs], dtype=torch.double)
-    text = [table([{"method": name} | {title: mean_std(value(name, key), digits) for key, (
-        title, _, digits) in COLUMNS.items()} for name in methods])]
-    if 1 < len(runs) <= 1 + len(T_975):
-        minus = lambda name, other, key: mean_interval(
-            value(name, key) - value(other, key), COLUMNS[key][2])
-        text += [table([{f"minus {other}": name, "accuracy, points": minus(name, other, "accuracy"),
-                         "NLL": minus(name, other, "nll")} for name in methods if name != other])
-                 for other in ("deep", "perturbed") if other in methods]
-        text.append(f"Mean +- standard deviation of {len(runs)} seeds; differences are paired by "
-                    "seed, with the 95 % interval of Student's t: one over zero shows nothing.")
-    return "\n\n".join(text)
+def other_searches(count):
+    """The names of as many independent DARTS searches, with that of the base."""
+    return [f"base-{i}" for i in range(1, count)]
 
 # ---- 13. Pictures --------------------------------------------------------------------------------
 
@@ -1418,31 +1214,28 @@ def plot_cell(axis, entries, base=(), title=""):
     axis.set(xlim=(-0.5, 5.5), ylim=(bottom - 0.6, 2.1), title=title)
     axis.axis("off")
 
-def plot_response(axis, responses, members=()):
+def plot_response(axis, responses, members):
     """Matched entries against lambda, from the points of one or more runs; members are marked."""
-    lam = [point["lambda"] for point in responses[0]]
-    lines = torch.tensor([[float(point["matched_entries"]) for point in points]
-                          for points in responses])
-    ends = [ENTRIES, ENTRIES * (1 - min(1, lam[-1]))]
-    axis.plot([0, lam[-1]], ends, ":", color="grey", label="ideal")
+    read = lambda points, key: torch.tensor([float(point[key]) for point in points])
+    lam = read(responses[0], "lambda")
+    lines = torch.stack([read(points, "matched_entries") for points in responses])
+    axis.plot(lam, ENTRIES * (1 - lam / max(1, lam[-1])), ":", color="grey", label="ideal")
     axis.axhline(CHANCE_ENTRIES, ls="--", color="grey", label="chance")
     axis.fill_between(lam, lines.amin(0), lines.amax(0), alpha=0.3)
-    axis.plot(lam, lines.mean(0), "o-", label=f"read off, mean of {len(lines)}" if lines[1:].any()
-              else "read off the hypernetwork")
-    axis.plot([m["lambda"] for m in members], [m["matched_entries"] for m in members], "D",
-              color="tab:orange", label="sampled members")
+    axis.plot(lam, lines.mean(0), "o-", label=f"read off, runs: {len(lines)}")
+    axis.plot(read(members, "lambda"), read(members, "matched_entries"), "D", color="tab:orange",
+              label="sampled members")
     axis.set(xlabel="lambda", ylabel=f"entries of {ENTRIES} that are the base's", title="The dial")
     axis.legend(fontsize=8)
 
 def plot_sizes(axis, probs, labels):
     """Accuracy of the first 1, 2, ..., M members together, and of each alone; probs (M, N, Y)."""
+    accuracy = lambda p: 100 * ensemble_metrics(p, labels)["accuracy"]
     sizes = range(1, len(probs) + 1)
-    together = [100 * ensemble_metrics(probs[:m], labels)["accuracy"] for m in sizes]
-    alone = [100 * member_metrics(p, labels)["accuracy"] for p in probs]
-    axis.plot(sizes, together, "o-", label="the first members together")
-    axis.plot(sizes, alone, "x", color="grey", label="this member alone")
+    axis.plot(sizes, [accuracy(probs[:m]) for m in sizes], "o-", label="the first members together")
+    axis.plot(sizes, [accuracy(p[None]) for p in probs], "x", color="grey", label="each alone")
     axis.set(xlabel="members", ylabel="test accuracy, %", title="Accuracy against ensemble size",
-             xticks=list(sizes))
+             xticks=sizes)
     axis.legend(fontsize=8)
 
 def plot_reliability(axis, probs, labels):
@@ -1455,117 +1248,170 @@ def plot_reliability(axis, probs, labels):
     axis.set(xlabel="confidence", ylabel="accuracy", title="Reliability of the ensemble")
     axis.legend(fontsize=8)
 
-def save_pictures(folder, results, data):
+def save_pictures(results, labels, args):
     """cells.png (the base, the first 20 members), lambda_response, ensemble_size, reliability."""
-    members, labels = results["members"], data.splits["test"][1].cpu()
-    states = [load(Path(folder) / member["file"]) for member in members]
-    probs = torch.stack([state["test"] for state in states])
-    figures = {name: Figure((5, 4)) for name in ("lambda_response", "ensemble_size", "reliability")}
-    points = results["lambda_response"]["points"]
-    plot_response(figures["lambda_response"].subplots(), [points], members)
-    plot_sizes(figures["ensemble_size"].subplots(), probs, labels)
-    plot_reliability(figures["reliability"].subplots(), probs, labels)
-    base = results["base"]["genotype"]
+    members, base = results["members"], results["base"]["genotype"]
+    probs = torch.stack([load(Path(args.out) / member["file"])["test"] for member in members])
     cells = [("base (below, orange is what it has not)", base)]
     cells += [(f"lambda {member['lambda']:.2f}, {member['matched_entries']} of 16 entries",
                member["genotype"]) for member in members[:20]]
+    figures = {name: Figure((5, 4)) for name in ("lambda_response", "ensemble_size", "reliability")}
+    dial, size, reliability = (figure.subplots() for figure in figures.values())
+    plot_response(dial, [results["lambda_response"]["points"]], members)
+    plot_sizes(size, probs, labels)
+    plot_reliability(reliability, probs, labels)
     figures["cells"] = Figure((11, 4.2 * len(cells)))
     for axes, (title, cell) in zip(figures["cells"].subplots(len(cells), 2, squeeze=False), cells):
         for axis, kind in zip(axes, KINDS):
             plot_cell(axis, cell[kind], base[kind], f"{title}: {kind} cell")
     for name, figure in figures.items():
-        png = io.BytesIO()
-        figure.savefig(png, dpi=110, bbox_inches="tight")
-        save(Path(folder) / f"{name}.png", png.getvalue())
+        figure.savefig(png := io.BytesIO(), dpi=110, bbox_inches="tight")
+        save(Path(args.out) / f"{name}.png", png.getvalue())
 
 # ---- 14. The run ---------------------------------------------------------------------------------
-
-def load_results(folder):
-    """results.json of a finished run folder. Raises NesError where there is none."""
-    return load(Path(folder) / "results.json") or fail(
-        f"{folder} holds no results.json: finish that run first")
 
 def run(args):
     """All steps of the method in turn; returns what `main` returns and results.json holds."""
     say("settings: " + "  ".join(f"{name}={value}" for name, value in vars(args).items()))
-    for turn in range(2):  # process 0 first: it downloads, if it must, and the others find it
+    for turn in range(2):  # under torchrun process 0 searches, then the others find its files
         if turn == min(rank(), 1):
             data = load_data(args.dataset, args.data_dir, args.image_size, args.seed, args.device,
                              args.crop, args.mirror)
+            say("data: " + "  ".join(f"{name} {len(y)}" for name, (_, y) in data.splits.items()))
+            net, base_p = base_search("base", data, args)
+            print_cells("base", discretise(base_p))
+            hyper = train_hypernetwork(net, base_p, data, args)
         barrier()
-    say("data: " + "  ".join(f"{name} {len(y)}" for name, (_, y) in data.splits.items()))
-    net = build((args.seed, "base"), data, args.search_channels, args.search_cells)
-    base_p = base_search("base", net, data, args)
-    print_cells("base", discretise(base_p))
-    hyper = train_hypernetwork(net, base_p, data, args).cpu()
-    print_response(lambda_response(hyper, base_p.cpu(), args.lambda_max))
+    response = lambda_response(hyper, base_p, args.lambda_max)
+    say("\n" + table(response["points"], {
+        "lambda": ("lambda", ".2f"), "matched_entries": ("entries of 16 that are the base's", "")}))
+    say("Spearman's correlation {spearman:.3f} (ideal: -1), calibration error "
+        "{calibration_error:.3f} (0)".format(**response))
     for lam in sample_lambdas(args.samples, args.lambda_max):
         print_cells(f"lambda {lam:.3f}", sample(hyper, [lam])[0])
-    methods = make_networks(base_p.cpu(), hyper, data, args)
-    results, rows = collect(methods, base_p.cpu(), hyper, data, args)
+    methods = make_networks(discretise(base_p), hyper, data, args)
+    results, rows = collect(methods, response, hyper, base_p, data, args)
     if rank() == 0:
         save(Path(args.out) / "results.json", json.dumps(results, indent=1))
-        save(Path(args.out) / "ledger.csv", ledger(rows, args))
-        save_pictures(args.out, results, data)
+        save(Path(args.out) / "ledger.csv", ledger(rows))
+        save_pictures(results, data.splits["test"][1].cpu(), args)
     print_results(results)
     return results
 
-def make_networks(base_p, hyper, data, args):
+def make_networks(base, hyper, data, args):
     """Train and score what every method needs: method -> its networks' names, <out>/<name>.pt."""
-    base, M, one_shots = discretise(base_p), args.samples, max(args.one_shots, args.samples)
-    pool = sample(hyper, sample_lambdas(max(one_shots, POOL), args.lambda_max))
-    found = {"ours": pool[:M]} | {name: baseline_architectures(name, base, pool[:M], data, args)
-                                  for name in args.baselines if name != "chosen"}
-    jobs = {"shared": (train_shared,)} if args.shared_epochs else {}
-    methods = {name: add_members(archs, jobs) for name, archs in found.items()}
+    count = max(args.samples, args.one_shots, POOL if "chosen" in args.baselines else 0)
+    pool = sample(hyper, sample_lambdas(count, args.lambda_max))
+    jobs, methods = {"shared": (train_shared, hyper)} if args.shared_epochs else {}, {}
+
+    def add_members(method):
+        archs = architectures(method, base, pool, data, args)
+        methods[method] = [f"members/{fingerprint(arch)}-{i}" for i, arch in enumerate(archs)]
+        for i, (name, arch) in enumerate(zip(methods[method], archs)):
+            jobs[name] = (train_member, arch, i)
+
+    if "darts" in args.baselines:
+        deal_out({name: (base_search,) for name in other_searches(args.samples)}, data, args)
+    for method in ["ours", *args.baselines]:
+        if method != "chosen":  # by one-shot scores, which come after the shared weights
+            add_members(method)
     say(f"\n{len(jobs)} networks, the shared weights included; what is there is not trained again")
     deal_out(jobs, data, args)
-
-    pool = pool if "chosen" in args.baselines else pool[:one_shots]
-    shots = [one_shot_name(arch) for arch in pool]
-    deal_out({name: (score_one_shot, arch) for name, arch in zip(shots, pool)}, data, args)
-    methods["ours, one-shot"] = shots[:M]
-    methods[f"one-shot of {args.one_shots}"] = shots[:args.one_shots]
+    deal_out({one_shot_name(arch): (score_one_shot, arch) for arch in pool}, data, args)
     if "chosen" in args.baselines:
-        jobs = {}
-        methods["chosen"] = add_members(choose(pool, data, args), jobs)
+        add_members("chosen")
         deal_out(jobs, data, args)
-    if "deep" in methods:
-        methods["single"] = methods["deep"][:1]
-    return methods
+    shots = [one_shot_name(arch) for arch in pool]
+    return methods | {"ours, one-shot": shots[:args.samples],
+                      f"one-shot of {args.one_shots}": shots[:args.one_shots]}
 
-def add_members(archs, jobs):
-    """Add the training of some architectures to the jobs; returns the networks' names."""
-    names = [member_name(arch, i) for i, arch in enumerate(archs)]
-    jobs |= {name: (train_member, arch, i) for i, (name, arch) in enumerate(zip(names, archs))}
-    return names
+def seconds_of(names, args):
+    """What some phases or networks took together, from their files."""
+    return sum(load_network(name, args)["seconds"] for name in set(names))
 
-def collect(methods, base_p, hyper, data, args):
+def method_rows(method, names, base, data, args):
+    """A row of the ledger for each network of a method, and one for the ensemble of the chosen.
+
+    names: of the networks' files. Tables and results.json are made of these rows, dicts.
+    """
+    states = [load_network(name, args) for name in names]
+    labels = {split: data.splits[split][1].cpu() for split in ("selection", "test")}
+    probs = {split: torch.stack([state[split] for state in states]) for split in labels}
+    sampled, one_shot = method == "ours" or "one-shot" in method, "one-shot" in method
+    lambdas = sample_lambdas(len(names), args.lambda_max) if sampled else [""] * len(names)
+    chosen, rows = list(range(len(names))), []
+    if method == "nes-rs":
+        chosen = forward_selection(probs["selection"], labels["selection"], args.samples)
+    for i, (name, state) in enumerate(zip(names, states)):
+        arch, run = state["network"][4], {"dataset": args.dataset, "seed": args.seed}
+        scores, selection = (member_metrics(probs[split][i], labels[split]) for split in (
+            "test", "selection"))
+        rows.append(run | {
+            "method": method, "index": i, "chosen": int(i in chosen), "lambda": lambdas[i],
+            "entries": int(matched_entries(arch, base)), "seconds": state["seconds"],
+            **scores, "selection_accuracy": selection["accuracy"],
+            "selection_nll": selection["nll"],
+            "file": f"{name}.pt", "genotype": json.dumps(genotype(arch))})
+    accuracies = [rows[i]["accuracy"] for i in chosen]
+    searches = {"random": [], "nes-rs": [], "single": ["base"], "deep": ["base"],
+                "perturbed": ["base"], "darts": ["base", *other_searches(args.samples)]}
+    searches = searches.get(method, ["base", "hyper"])
+    shared = ["shared"] if one_shot and args.shared_epochs else []
+    return [*rows, run | {
+        "method": method, "index": "ensemble",
+        **ensemble_metrics(probs["test"][chosen], labels["test"]),
+        "member_mean": sum(accuracies) / len(chosen), "member_best": max(accuracies),
+        "networks": len(rows), "search_seconds": seconds_of(searches, args),
+        "training_seconds": seconds_of([*shared, *names], args)}]
+
+def collect(methods, response, hyper, base_p, data, args):
     """What results.json holds, and the ledger's rows, from the networks' files."""
-    base, shots = discretise(base_p), f"one-shot of {args.one_shots}"
-    rows = {name: method_rows(name, files, base, data, args) for name, files in methods.items()}
-    scores = {method: {key: found[-1][key] for key in COLUMNS} for method, found in rows.items()}
-    pick = lambda row, keys: {key: row[key] for key in keys}
-    members = describe(hyper, base_p, sample_lambdas(args.samples, args.lambda_max))
-    for member, row, shot in zip(members, rows["ours"], rows["ours, one-shot"]):
-        row["lambda"] = shot["lambda"] = member["lambda"]
-        member |= {"file": row["file"], "one_shot": pick(shot, METRICS[:4]),
-                   "test": pick(row, METRICS[:4])}
+    base, M = discretise(base_p), args.samples
+    rows = {name: method_rows(name, names, base, data, args) for name, names in methods.items()}
+    scores = {name: {key: found[-1][key] for key in COLUMNS} for name, found in rows.items()}
+    pick = lambda row, keys=METRICS: {key: row[key] for key in keys}
+    ours, shots, more = rows["ours"], *(found for name, found in rows.items() if "one-shot" in name)
+    members = [member | {"file": ours[i]["file"], "one_shot": pick(shots[i], METRICS[:4]),
+                         "test": pick(ours[i], METRICS[:4])} for i, member in enumerate(
+        describe(hyper, base_p, sample_lambdas(M, args.lambda_max)))]
     return {
         "settings": vars(args) | {"images": data.digest},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "torchvision": torchvision.__version__},
         "seconds": {"base": seconds_of(["base"], args), "hypernetwork": seconds_of(["hyper"], args),
-                    "one_shot": scores["ours, one-shot"]["training_seconds"],
-                    "members": scores["ours"]["training_seconds"]},
+                    "one_shot": shots[-1]["training_seconds"],
+                    "members": ours[-1]["training_seconds"]},
         "base": {"genotype": genotype(base), "operations": count_operations(base)},
-        "lambda_response": lambda_response(hyper, base_p, args.lambda_max),
-        "distinct": len(set(methods["ours, one-shot"])), "members": members, "methods": scores,
-        "ensemble": pick(scores["ours"], METRICS),
-        "one_shot": pick(scores["ours, one-shot"], METRICS),
-        "one_shots": pick(scores[shots], METRICS) | {
-            "files": [row["file"] for row in rows[shots][:-1]]},
+        "lambda_response": response, "distinct": len(set(methods["ours, one-shot"])),
+        "members": members, "methods": scores, "ensemble": pick(ours[-1]),
+        "one_shot": pick(shots[-1]),
+        "one_shots": pick(more[-1]) | {"files": [row["file"] for row in more[:-1]]},
     }, sum(rows.values(), [])
+
+def ledger(rows):
+    """CSV text: a row for each network and for each ensemble of a run."""
+    writer = csv.DictWriter(text := io.StringIO(), dict.fromkeys(sum(map(list, rows), [])),
+                            restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+# Key of a method's scores in results.json -> title, format
+COLUMNS = {"accuracy": ("accuracy", ".2%"), "nll": ("NLL", ".4f"), "brier": ("Brier", ".4f"),
+           "ece": ("ECE", ".4f"), "oracle_accuracy": ("oracle", ".2%"),
+           "disagreement": ("disagree", ".2%"), "predictive_jsd": ("pred. JSd", ".4f"),
+           "member_mean": ("mean member", ".2%"), "member_best": ("best member", ".2%"),
+           "networks": ("networks", ""), "search_seconds": ("search, s", ".0f"),
+           "training_seconds": ("training, s", ".0f")}
+
+def table(rows, columns):
+    """Rows, dicts, as Markdown; columns: key -> (title, format). What a row lacks stays empty."""
+    lines = [[title for title, _ in columns.values()]]
+    lines += [[format(row[key], spec) if key in row else "" for key, (_, spec) in columns.items()]
+              for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 def print_cells(name, arch):
     """An architecture in words: its operations' counts, then each node as the sum of its inputs."""
@@ -1576,38 +1422,25 @@ def print_cells(name, arch):
         for node in range(NODES):
             say(f"  {kind:<9} node {node} = {' + '.join(terms[2 * node:2 * node + 2])}")
 
-def print_response(response):
-    say("\n" + table([{"lambda": f"{point['lambda']:.2f}", "entries of 16 that are the base's":
-                       str(point["matched_entries"])} for point in response["points"]]))
-    say("Spearman's correlation {spearman:.3f} (ideal: -1), calibration error "
-        "{calibration_error:.3f} (0)".format(**response))
-
 def print_results(results):
     """The members and their ensemble, and the methods side by side."""
-    rows = [{"member": "ensemble", "lambda": "", "matched_entries": "", "test": results["ensemble"],
-             "one_shot": results["one_shot"]}]
-    rows = [member | {"member": str(i), "lambda": f"{member['lambda']:.3f}"}
-            for i, member in enumerate(results["members"])] + rows
-    say("\n" + table([{"member": row["member"], "lambda": row["lambda"],
-                       "entries": str(row["matched_entries"]),
-                       "one-shot, %": f"{100 * row['one_shot']['accuracy']:.2f}",
-                       "trained, %": f"{100 * row['test']['accuracy']:.2f}",
-                       **{COLUMNS[key][0]: f"{row['test'][key]:.4f}" for key in METRICS[1:4]}}
-                      for row in rows]))
-    say(f"\n{report([results])}\n\neverything is in {results['settings']['out']}")
+    rows = [*results["members"], {"test": results["ensemble"], "one_shot": results["one_shot"]}]
+    rows = [row | row["test"] | {"shot": row["one_shot"]["accuracy"], "member": name}
+            for name, row in zip([*range(len(rows) - 1), "ensemble"], rows)]
+    say("\n" + table(rows, {
+        "member": ("member", ""), "lambda": ("lambda", ".3f"), "matched_entries": ("entries", ""),
+        "shot": ("one-shot", ".2%"), **{key: COLUMNS[key] for key in METRICS[:4]}}))
+    rows = [{"method": method, **scores} for method, scores in results["methods"].items()]
+    say("\n" + table(rows, {"method": ("method", ""), **COLUMNS}))
+    say(f"\neverything is in {results['settings']['out']}")
 
 def main(argv=None):
     """The program: parse the flags, run the method, return the results (what results.json holds).
 
-    With --report it returns {"report": the Markdown that it prints}. An error ends the program with
-    one sentence and exit status 2.
+    An error ends the program with one sentence and exit status 2.
     """
     try:
         args = parse(argv)
-        if args.report:
-            text = report([load_results(folder) for folder in args.report])
-            print(text)
-            return {"report": text}
         set_up(args)
         with contextlib.closing(lock(args.out)) if rank() == 0 else contextlib.nullcontext():
             return run(args)
