@@ -87,7 +87,7 @@ SETTINGS = [
     ("search-cells", 2, 1, "cells of the supernet"),
     ("search-batch", 64, 2, "images of a step"),
     ("base-steps", 150, 1, "steps of the base search (DARTS)"),
-    ("hyper-steps", 1500, 1, "steps of the hypernetwork's training"),
+    ("hyper-steps", 1000, 1, "steps of the hypernetwork's training"),
     ("search-lr", 0.05, 0, "learning rate of the weights; it and the next two fall as a cosine"),
     ("alpha-lr", 0.01, 0, "learning rate of alpha in the base search"),
     ("hyper-lr", 0.06, 0, "learning rate of the hypernetwork"),
@@ -147,10 +147,10 @@ def set_up(args):
     args.device = there[-1] if args.device == "auto" else args.device
     if args.device not in there:
         fail(f"there is no --device {args.device} on this machine: choose from {', '.join(there)}")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if WORLD > 1:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(timeout=timedelta(days=7))  # one may wait for another's members
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # they wait for one another
     keep_freed_memory()
 
 # ---- 2. Keeping work: errors are sentences, randomness has names, results outlive the process ----
@@ -213,7 +213,7 @@ def check_settings(data, args):
     if changed:
         fail(f"{args.out} holds a run with {', '.join(changed)}: choose another --out, or those "
              "settings")
-    if rank() == 0:
+    if RANK == 0:
         save(path, json.dumps(now, indent=1))
 
 def resumable(name, steps, parts, data, args):
@@ -257,18 +257,15 @@ def anneal(optimizer, factor):
     for group in optimizer.param_groups:
         group["lr"] = factor * optimizer.defaults["lr"]
 
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
+# This process of a torchrun, and how many there are; all that they share is files and a barrier
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 def barrier():
-    if world() > 1:
+    if WORLD > 1:
         dist.barrier()
 
 def say(text):
-    if rank() == 0:
+    if RANK == 0:
         print(text, flush=True)
 
 def cores():
@@ -301,8 +298,8 @@ def deal_out(jobs, data, args):
             if not (load_network(name, args) or {}).get("finished")]
     workers = min(args.workers or cores(), len(jobs))
     barrier()  # all have the same list before one of them finishes something
-    if world() > 1 or args.device != "cpu" or workers < 2:
-        work(rank(), world(), jobs, data, args)
+    if WORLD > 1 or args.device != "cpu" or workers < 2:
+        work(RANK, WORLD, jobs, data, args)
         return barrier()
     keep_freed_memory()  # this process waits from here on: give the search's memory to the workers
     # Pickled here, images go through a pipe: torch would use /dev/shm, which may be small.
@@ -774,7 +771,7 @@ def differing_share(arch, p, base):
     arch * (1 + p - stop_gradient(p)), which serves the network's losses, only operations already
     chosen would have a gradient, and the dial would not move.)
     """
-    return 1 - (base * (arch + p - p.detach())).sum() / base.sum()
+    return 1 - (base * (arch + p - p.detach())).sum(dim=(-3, -2, -1)) / base.sum()
 
 def diversity_loss(arch, p, base, lam, strength=30.0):
     """c (share - lambda)^2: the term, added to L_val, that puts the hypernetwork at its lambda.
@@ -790,7 +787,7 @@ def paper_diversity_loss(p, smoothed_base, lam):
 
     p: (2, E, O), softmax(alpha(lambda)), without noise; smoothed_base: alpha*, from `smooth`.
     """
-    return -lam * jensen_shannon(smoothed_base, p).mean()
+    return -lam * jensen_shannon(smoothed_base, p).mean(dim=(-2, -1))
 
 TAU = 0.1             # smoothing of the base where it becomes logits, and in the paper's term
 PAPER_START = 0.3     # the smoothing at which the pivots start with the paper's term
@@ -830,12 +827,13 @@ class HyperNetwork(nn.Module):
         t = t.view(*t.shape, *[1] * (self.table.dim() - 1))
         return torch.lerp(self.table[k], self.table[k + 1], t)
 
+DRAWS = 16       # lambdas of a step: the network runs at the first, diversity is the mean of all
 OVERSHOOT = 0.1  # lambda is drawn from a range this much longer at both ends, and then clamped
 
-def draw_lambda(lambda_max, generator):
-    """A lambda to train at; the overshoot lets the end pivots be met as often as the others."""
-    u = torch.rand((), generator=generator).item()
-    return lambda_max * min(max((1 + 2 * OVERSHOOT) * u - OVERSHOOT, 0.0), 1.0)
+def draw_lambdas(count, lambda_max, generator):
+    """Lambdas to train at; the overshoot lets the end pivots be met as often as the others."""
+    u = torch.rand(count, generator=generator)
+    return lambda_max * ((1 + 2 * OVERSHOOT) * u - OVERSHOOT).clamp(0, 1)
 
 def draw_probabilities(logits, noise, generator):
     """softmax(logits + noise * Gumbel): with noise 1 its argmax is a draw from softmax(logits)."""
@@ -847,10 +845,11 @@ def train_hypernetwork(net, base_p, data, args):
 
     net: the supernet, warm from the base search; base_p: (2, E, O), softmax(alpha) of that search.
     Returns the HyperNetwork. Departures: the pivots start at the base (softer with the paper's
-    term: an edge could also raise its JSd by becoming surer of the base's operation); and each step
+    term: an edge could also raise its JSd by becoming surer of the base's operation); each step
     runs one finished architecture, drawn at its lambda with noise that falls to 0, so that the
-    shared weights learn to serve what will be sampled. alpha's gradient passes straight through, as
-    in GDAS (Dong and Yang, 2019): forward arch, backward softmax.
+    shared weights learn to serve what will be sampled; and the diversity of 15 more, for which no
+    network need run, makes the dial steadier. alpha's gradient passes straight through, as in GDAS
+    (Dong and Yang, 2019): forward arch, backward softmax.
     """
     base, paper = discretise(base_p), args.objective == "paper"
     start = smooth(base_p, PAPER_START if paper else TAU).log()
@@ -858,15 +857,15 @@ def train_hypernetwork(net, base_p, data, args):
     for step, take in search_rounds("hyper", net, hyper, args.hyper_lr, args.hyper_steps, data,
                                     args):
         generator = rng(args.seed, "hyper", step)
-        lam = draw_lambda(args.lambda_max, generator)
-        logits = hyper(lam)
+        lams = draw_lambdas(DRAWS, args.lambda_max, generator)
+        logits = hyper(lams)                                                     # (DRAWS, 2, E, O)
         p = draw_probabilities(logits, args.noise * (1 - step / args.hyper_steps), generator)
-        arch = discretise(p)
+        archs = discretise(p)
         if paper:
-            penalty = paper_diversity_loss(logits.softmax(dim=-1), smooth(base_p, TAU), lam)
+            penalty = paper_diversity_loss(logits.softmax(dim=-1), smooth(base_p, TAU), lams)
         else:
-            penalty = diversity_loss(arch, p, base, lam, args.strength)
-        take(arch * (1 + p - p.detach()), penalty)
+            penalty = diversity_loss(archs, p, base, lams, args.strength)
+        take(archs[0] * (1 + p[0] - p[0].detach()), penalty.mean())
     return hyper
 
 # ---- 8. Sampling in one shot, and the lambda response: is lambda a dial? -------------------------
@@ -882,7 +881,7 @@ def sample_lambdas(count, lambda_max=1.0):
 @torch.no_grad()
 def sample(hyper, lambdas):
     """Step 3 of the method: the finished architectures (M, 2, E, O) at M lambdas, a look-up."""
-    return discretise(hyper(torch.tensor(lambdas)).softmax(dim=-1))
+    return discretise(hyper(torch.as_tensor(lambdas)).softmax(dim=-1))
 
 @torch.no_grad()
 def describe(hyper, base_p, lambdas):
@@ -1003,7 +1002,7 @@ def train_shared(name, hyper, data, args):
     key = (args.seed, name)
     net = build(key, data, args.channels, args.cells, affine=True)
     state = train(name, net, args.shared_epochs, key, data, args, lambda step: sample(
-        hyper, [draw_lambda(args.lambda_max, rng(*key, step))])[0])
+        hyper, draw_lambdas(1, args.lambda_max, rng(*key, step)))[0])
     save(Path(args.out) / f"{name}.pt", state | {"finished": True, "net": net.state_dict()})
 
 def shared_network(data, args):
@@ -1274,7 +1273,7 @@ def run(args):
     """All steps of the method in turn; returns what `main` returns and results.json holds."""
     say("settings: " + "  ".join(f"{name}={value}" for name, value in vars(args).items()))
     for turn in range(2):  # under torchrun process 0 searches, then the others find its files
-        if turn == min(rank(), 1):
+        if turn == min(RANK, 1):
             data = load_data(args.dataset, args.data_dir, args.image_size, args.seed, args.device,
                              args.crop, args.mirror)
             say("data: " + "  ".join(f"{name} {len(y)}" for name, (_, y) in data.splits.items()))
@@ -1291,7 +1290,7 @@ def run(args):
         print_cells(f"lambda {lam:.3f}", sample(hyper, [lam])[0])
     methods = make_networks(discretise(base_p), hyper, data, args)
     results, rows = collect(methods, response, hyper, base_p, data, args)
-    if rank() == 0:
+    if RANK == 0:
         save(Path(args.out) / "results.json", json.dumps(results, indent=1))
         save(Path(args.out) / "ledger.csv", ledger(rows))
         save_pictures(results, data.splits["test"][1].cpu(), args)
@@ -1442,7 +1441,7 @@ def main(argv=None):
     try:
         args = parse(argv)
         set_up(args)
-        with contextlib.closing(lock(args.out)) if rank() == 0 else contextlib.nullcontext():
+        with contextlib.closing(lock(args.out)) if RANK == 0 else contextlib.nullcontext():
             return run(args)
     except NesError as error:
         print(f"nes.py: error: {error}", file=sys.stderr, flush=True)

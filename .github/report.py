@@ -1,0 +1,78 @@
+"""Methods over seeds, as Markdown, from the ledgers of finished runs of nes.py (one run a seed).
+
+    python .github/report.py runs/fmnist-target-0 runs/fmnist-target-1 runs/fmnist-target-2
+
+Mean and standard deviation of each method's ensemble; then each method's differences to the deep
+ensemble and to the perturbed base, paired by seed, with the 95 % interval of Student's t: an
+interval over zero shows nothing.
+"""
+import csv
+import math
+import statistics
+import sys
+from pathlib import Path
+
+TITLES = {"accuracy": "accuracy, %", "nll": "NLL", "brier": "Brier", "ece": "ECE",
+          "oracle_accuracy": "oracle, %", "disagreement": "disagree, %",
+          "predictive_jsd": "pred. JSd", "member_mean": "mean member, %",
+          "member_best": "best member, %", "networks": "networks", "search_seconds": "search, s",
+          "training_seconds": "training, s"}
+# The 97.5 % quantile of Student's t for 1 to 9 degrees of freedom
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def ensembles(ledgers):
+    """method -> column -> its values, one a seed, of the methods that all ledgers have."""
+    runs = []
+    for path in ledgers:
+        rows = list(csv.DictReader(Path(path).open(newline="")))
+        runs.append({row["method"]: row for row in rows if row["index"] == "ensemble"})
+    seeds = [next(iter(run.values()))["seed"] for run in runs]
+    if len(set(seeds)) < len(seeds):
+        sys.exit(f"these are not runs of different seeds: {', '.join(seeds)}")
+    return {method: {key: [float(run[method][key]) * (100 if "%" in title else 1) for run in runs]
+                     for key, title in TITLES.items()}
+            for method in runs[0] if all(method in run for run in runs)}
+
+
+def digits(key):
+    return 2 if "%" in TITLES[key] else 0 if key.endswith("seconds") or key == "networks" else 4
+
+
+def mean_std(values, places):
+    spread = f" +- {statistics.stdev(values):.{places}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{places}f}{spread}"
+
+
+def mean_interval(values, places):
+    """Mean and 95 % interval of paired differences."""
+    mean = statistics.mean(values)
+    half = T_975[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:+.{places}f} [{mean - half:+.{places}f}, {mean + half:+.{places}f}]"
+
+
+def markdown(lines):
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def report(ledgers):
+    """The tables as text; ledgers: paths of ledger.csv files."""
+    methods = ensembles(ledgers)
+    text = [markdown([["method", *TITLES.values()]] + [
+        [name, *(mean_std(values[key], digits(key)) for key in TITLES)]
+        for name, values in methods.items()])]
+    if 1 < len(ledgers) <= 1 + len(T_975):
+        for other in {"deep", "perturbed"} & set(methods):
+            minus = lambda name, key: mean_interval(
+                [a - b for a, b in zip(methods[name][key], methods[other][key])], digits(key))
+            text.append(markdown([[f"minus {other}", "accuracy, points", "NLL"]] + [
+                [name, minus(name, "accuracy"), minus(name, "nll")]
+                for name in methods if name != other]))
+    return "\n\n".join(text)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    print(report([Path(folder) / "ledger.csv" for folder in sys.argv[1:]]))
