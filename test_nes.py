@@ -466,7 +466,7 @@ def test_smoothing_keeps_the_base_and_the_papers_term_is_minus_lambda_jsd():
 
 def test_training_lambdas_and_noise():
     generator = nes.rng("lambda")
-    lams = nes.draw_lambdas(4000, 2.0, generator)
+    lams = torch.tensor([nes.draw_lambda(2.0, generator) for _ in range(4000)])
     assert lams.min() == 0 and lams.max() == 2 and lams.mean().item() == pytest.approx(1, abs=0.05)
     assert (lams == 0).double().mean().item() == pytest.approx(1 / 12, abs=0.02)  # the overshoot
     logits = torch.tensor([2.0, 1.0, 0.0]).repeat(20000, 1)
@@ -729,7 +729,7 @@ def test_two_workers_give_what_one_gives_and_killed_at_any_moment_go_on(finished
         process.communicate(timeout=60)  # ends when the last process that holds its output has
     assert re.search("^base: found at step [34] of 4", found)  # a row is printed, then saved
     assert re.search("hyper: found at step 1[012] of 12", found)
-    assert re.search("(shared|members/.*): found at step [1-8] of 8", found)
+    assert re.search("members/.*: found at step [1-8] of 8", found)
     results = run_tiny(tmp_path / "run", "--baselines", "all")
     assert without_times(results) == without_times(finished[1])
     for file in finished[0].glob("members/*.pt"):

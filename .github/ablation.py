@@ -22,6 +22,7 @@ import nes
 
 VARIANTS = {"default": "nothing", "soft": "the finished architecture's divergence (soft JSd instead)",
             "edges": "entries (all 28 edges count instead)", "no noise": "Gumbel noise",
+            "one draw": "sixteen lambdas a step (one instead)",
             "no overshoot": "overshoot of lambda", "random start": "start at the base",
             "mixture": "discrete training (the soft mixture runs instead)"}
 
@@ -32,7 +33,7 @@ def soft_diversity(base_p, tau):
     other = torch.nn.functional.one_hot(target.argmax(-1), 7).roll(1, -1).float()
     largest = nes.jensen_shannon(target, other).mean()
     return lambda arch, p, base, lam, strength: strength * (
-        nes.jensen_shannon(target, p).mean() / largest - lam) ** 2
+        nes.jensen_shannon(target, p).mean((-2, -1)) / largest - lam) ** 2
 
 
 @contextlib.contextmanager
@@ -50,12 +51,12 @@ def without(variant, base_p, args):
         return share_loss(one_hot(p), p, one_hot(base_p), lam, strength)
 
     replaced = {
-        "default": {}, "no noise": {}, "soft": {"diversity_loss": soft_diversity(base_p, args.tau)},
-        "edges": {"diversity_loss": edges}, "no overshoot": {"OVERSHOOT": 0.0},
+        "default": {}, "no noise": {}, "soft": {"diversity_loss": soft_diversity(base_p, nes.TAU)},
+        "edges": {"diversity_loss": edges}, "one draw": {"DRAWS": 1}, "no overshoot": {"OVERSHOOT": 0.0},
         "random start": {"smooth": lambda p, tau: (1e-3 * torch.randn(
             p.shape, generator=nes.rng(args.seed, "start"))).softmax(-1)},
         "mixture": {"draw_probabilities": draw_and_keep, "search_step": lambda net, arch, *rest, **more: (
-            step(net, seen["p"], *rest, **more))}}[variant]
+            step(net, seen["p"][0], *rest, **more))}}[variant]
     with patch.multiple(nes, **replaced) if replaced else contextlib.nullcontext():
         yield
 
@@ -66,12 +67,11 @@ def run(variant, seed, options):
              "--shared-epochs", "0", "--device", "cpu", "--out", str(folder), *options.flags.split(",")]
     args = nes.parse([flag for flag in flags + ["--noise", "0"] * (variant == "no noise") if flag])
     data = nes.load_data(args.dataset, args.data_dir, args.image_size, seed)
-    net = nes.build((seed, "base"), data, args.search_channels, args.search_cells)
     shared_base = Path(options.out) / f"base-{seed}.pt"
     if shared_base.exists() and not (folder / "base.pt").exists():
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(shared_base, folder / "base.pt")
-    base_p = nes.base_search("base", net, data, args)
+    net, base_p = nes.base_search("base", data, args)
     if not shared_base.exists():
         shutil.copy(folder / "base.pt", shared_base)
     start = time.time()
