@@ -40,6 +40,7 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import pickle
@@ -304,6 +305,7 @@ def deal_out(jobs, data, args):
     keep_freed_memory()  # this process waits from here on: give the search's memory to the workers
     # Pickled here, images go through a pipe: torch would use /dev/shm, which may be small.
     inputs = pickle.dumps((workers, jobs, data, args))
+    logging.getLogger(mp.spawn.__module__).setLevel("ERROR")  # one sentence, by main, is enough
     context = mp.spawn(start_worker, (inputs,), workers, join=False)
     try:
         while not context.join():
