@@ -1,6 +1,6 @@
 """Neural ensemble search with diversity control, in one file.
 
-  python nes.py --dataset toy --samples 3       three members on drawn shapes, about a minute:
+  python nes.py --dataset toy --samples 3       three members on drawn shapes, a minute or two:
                                                 does it run here?
   python nes.py --dataset fmnist --samples 5    the method on Fashion-MNIST: searches, reads five
                                                 architectures off the dial, trains and averages them
@@ -311,7 +311,10 @@ def deal_out(jobs, data, args):
         while not context.join():
             pass
     except mp.ProcessRaisedException as error:  # its words end with those of the worker's error
-        fail(str(error).rpartition("NesError: ")[2])
+        _, ours, sentence = str(error).rpartition("NesError: ")
+        if not ours:
+            raise  # a bug, and worth its traceback
+        fail(sentence)
     except mp.ProcessExitedException:
         fail("a worker ended early: repeat the command, with fewer --workers if memory is short")
     finally:
@@ -1165,6 +1168,10 @@ def choose(pool, data, args):
     chosen = [[*distinct.values()][i] for i in forward_selection(probs, labels, count)]
     return [chosen[i % count] for i in range(args.samples)]
 
+def other_searches(count):
+    """The names of `count` - 1 DARTS searches, independent of each other and of the base's."""
+    return [f"base-{i}" for i in range(1, count)]
+
 def architectures(method, base, pool, data, args):
     """What a method trains; base: its finished architecture; pool: sampled ones, spread lambdas."""
     M, seed = args.samples, args.seed
@@ -1179,10 +1186,6 @@ def architectures(method, base, pool, data, args):
         "nes-rs": lambda: [random_architecture(seed, "random", i) for i in range(2 * M)],
         "darts": lambda: [base, *(discretise(load_network(name, args)["architecture"][
             "alpha"].softmax(dim=-1)) for name in other_searches(M))]}[method]()
-
-def other_searches(count):
-    """The names of as many independent DARTS searches, with that of the base."""
-    return [f"base-{i}" for i in range(1, count)]
 
 # ---- 13. Pictures --------------------------------------------------------------------------------
 

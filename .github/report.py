@@ -7,6 +7,7 @@ ensemble and to the perturbed base, paired by seed, with the 95 % interval of St
 interval over zero shows nothing.
 """
 import csv
+import json
 import math
 import statistics
 import sys
@@ -21,15 +22,20 @@ TITLES = {"accuracy": "accuracy, %", "nll": "NLL", "brier": "Brier", "ece": "ECE
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
-def ensembles(ledgers):
-    """method -> column -> its values, one a seed, of the methods that all ledgers have."""
-    runs = []
-    for path in ledgers:
-        rows = list(csv.DictReader(Path(path).open(newline="")))
+def ensembles(folders):
+    """method -> column -> its values, one a seed, of the methods that all runs have."""
+    runs, settings = [], []
+    for folder in map(Path, folders):
+        if not (folder / "ledger.csv").exists():
+            sys.exit(f"{folder} holds no ledger.csv: finish that run first")
+        rows = list(csv.DictReader((folder / "ledger.csv").open(newline="")))
         runs.append({row["method"]: row for row in rows if row["index"] == "ensemble"})
-    seeds = [next(iter(run.values()))["seed"] for run in runs]
-    if len(set(seeds)) < len(seeds):
-        sys.exit(f"these are not runs of different seeds: {', '.join(seeds)}")
+        settings.append(json.loads((folder / "settings.json").read_text())
+                        | {"members": runs[-1]["ours"]["networks"]})
+    seeds = {run.pop("--seed") for run in settings}
+    if any(run != settings[0] for run in settings) or len(seeds) < len(runs):
+        sys.exit("compare runs of different seeds and otherwise the same settings; these are not: "
+                 + ", ".join(map(str, folders)))
     return {method: {key: [float(run[method][key]) * (100 if "%" in title else 1) for run in runs]
                      for key, title in TITLES.items()}
             for method in runs[0] if all(method in run for run in runs)}
@@ -56,14 +62,14 @@ def markdown(lines):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def report(ledgers):
-    """The tables as text; ledgers: paths of ledger.csv files."""
-    methods = ensembles(ledgers)
+def report(folders):
+    """The tables as text, of run folders."""
+    methods = ensembles(folders)
     text = [markdown([["method", *TITLES.values()]] + [
         [name, *(mean_std(values[key], digits(key)) for key in TITLES)]
         for name, values in methods.items()])]
-    if 1 < len(ledgers) <= 1 + len(T_975):
-        for other in {"deep", "perturbed"} & set(methods):
+    if 1 < len(folders) <= 1 + len(T_975):
+        for other in [name for name in ("deep", "perturbed") if name in methods]:
             minus = lambda name, key: mean_interval(
                 [a - b for a, b in zip(methods[name][key], methods[other][key])], digits(key))
             text.append(markdown([[f"minus {other}", "accuracy, points", "NLL"]] + [
@@ -75,4 +81,4 @@ def report(ledgers):
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    print(report([Path(folder) / "ledger.csv" for folder in sys.argv[1:]]))
+    print(report(sys.argv[1:]))
