@@ -1339,33 +1339,31 @@ def method_rows(method, names, base, data, args):
     names: of the networks' files. Tables and results.json are made of these rows, dicts.
     """
     states = [load_network(name, args) for name in names]
-    labels = {split: data.splits[split][1].cpu() for split in ("selection", "test")}
-    probs = {split: torch.stack([state[split] for state in states]) for split in labels}
-    sampled, one_shot = method == "ours" or "one-shot" in method, "one-shot" in method
+    (test, labels), (selection, selection_labels) = (
+        (torch.stack([state[split] for state in states]), data.splits[split][1].cpu())
+        for split in ("test", "selection"))
+    sampled, chosen = method == "ours" or "one-shot" in method, range(len(names))
     lambdas = sample_lambdas(len(names), args.lambda_max) if sampled else [""] * len(names)
-    chosen, rows = list(range(len(names))), []
     if method == "nes-rs":
-        chosen = forward_selection(probs["selection"], labels["selection"], args.samples)
+        chosen = forward_selection(selection, selection_labels, args.samples)
+    run, rows = {"dataset": args.dataset, "seed": args.seed, "method": method}, []
     for i, (name, state) in enumerate(zip(names, states)):
-        arch, run = state["network"][4], {"dataset": args.dataset, "seed": args.seed}
-        scores, selection = (member_metrics(probs[split][i], labels[split]) for split in (
-            "test", "selection"))
+        before = member_metrics(selection[i], selection_labels)
         rows.append(run | {
-            "method": method, "index": i, "chosen": int(i in chosen), "lambda": lambdas[i],
-            "entries": int(matched_entries(arch, base)), "seconds": state["seconds"],
-            **scores, "selection_accuracy": selection["accuracy"],
-            "selection_nll": selection["nll"],
-            "file": f"{name}.pt", "genotype": json.dumps(genotype(arch))})
+            "index": i, "chosen": int(i in chosen), "lambda": lambdas[i],
+            "entries": int(matched_entries(state["network"][4], base)),
+            "seconds": state["seconds"], **member_metrics(test[i], labels),
+            "selection_accuracy": before["accuracy"], "selection_nll": before["nll"],
+            "file": f"{name}.pt", "genotype": json.dumps(genotype(state["network"][4]))})
     accuracies = [rows[i]["accuracy"] for i in chosen]
     searches = {"random": [], "nes-rs": [], "single": ["base"], "deep": ["base"],
                 "perturbed": ["base"], "darts": ["base", *other_searches(args.samples)]}
-    searches = searches.get(method, ["base", "hyper"])
-    shared = ["shared"] if one_shot and args.shared_epochs else []
+    shared = ["shared"] if "one-shot" in method and args.shared_epochs else []
     return [*rows, run | {
-        "method": method, "index": "ensemble",
-        **ensemble_metrics(probs["test"][chosen], labels["test"]),
+        "index": "ensemble", **ensemble_metrics(test[list(chosen)], labels),
         "member_mean": sum(accuracies) / len(chosen), "member_best": max(accuracies),
-        "networks": len(rows), "search_seconds": seconds_of(searches, args),
+        "networks": len(rows),
+        "search_seconds": seconds_of(searches.get(method, ["base", "hyper"]), args),
         "training_seconds": seconds_of([*shared, *names], args)}]
 
 def collect(methods, response, hyper, base_p, data, args):

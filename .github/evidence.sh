@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# All runs of results.md's evidence, one after the other, into one folder; what is there is kept,
+# and a run that was killed goes on. Some ten hours on two cores:
+#     bash .github/evidence.sh DIR CIFAR
+# DIR: where the run folders are made; CIFAR: CIFAR-10 as a folder of train/ and test/.
+set -euo pipefail
+out=$1 cifar=$2
+nes() { [ -f "${*: -1}/results.json" ] || python "$(dirname "$0")/../nes.py" "$@"; }
+with_search_of() { mkdir -p "$2"; cp -n "$1"/{base,hyper}.pt "$2"; }  # the same search, not repeated
+
+for seed in 0 1 2 3 4; do  # the main command's recipe; the two dearest baselines for three seeds
+  more=(); [ $seed -gt 2 ] || more=(nes-rs darts)
+  nes --dataset fmnist --samples 5 --one-shots 50 --seed $seed \
+    --baselines chosen single deep perturbed random "${more[@]}" --out "$out/fmnist-$seed"
+done
+for seed in 0 1; do        # equal compute: one network, and shared weights, for longer
+  for epochs in 4 8 12; do
+    with_search_of "$out/fmnist-$seed" "$out/epochs-$epochs-$seed"
+    nes --samples 1 --baselines single --epochs $epochs --shared-epochs $epochs --seed $seed \
+      --out "$out/epochs-$epochs-$seed"
+  done
+done
+for seed in 0 1; do
+  with_search_of "$out/fmnist-$seed" "$out/epochs-20-$seed"
+  OMP_NUM_THREADS=1 nes --samples 1 --baselines single --epochs 20 --shared-epochs 0 --seed $seed \
+    --workers 1 --out "$out/epochs-20-$seed" &
+done
+wait
+for seed in 0 1 2; do      # another data set
+  nes --dataset "$cifar" --samples 3 --epochs 6 --shared-epochs 6 --crop 4 --mirror --seed $seed \
+    --baselines single deep perturbed --out "$out/cifar10-$seed"
+done
+dial() { python "$(dirname "$0")/ablation.py" --without default --out "$out/dial-$1" --flags="$2" \
+  --seeds 0 1 2 3 4; }
+dial half --hyper-steps,500
+dial twice --hyper-steps,2000
+dial paper --objective,paper,--lambda-max,4
