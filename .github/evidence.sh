@@ -5,14 +5,16 @@
 # DIR: where the run folders are made; CIFAR: CIFAR-10 as a folder of train/ and test/.
 set -euo pipefail
 out=$1 cifar=$2
-nes() { python "$(dirname "$0")/../nes.py" "$@"; }  # what is there is not computed again
+nes() { python "$(dirname "$0")/../nes.py" "$@"; }  # keeps what a folder has
 with_search_of() { mkdir -p "$2"; cp -n "$1"/{base,hyper}.pt "$2"; }  # the same search, not repeated
 
-for seed in 0 1 2 3 4; do  # the main command's recipe; the two dearest baselines for three seeds
-  more=(); [ $seed -gt 2 ] || more=(nes-rs darts)
-  nes --dataset fmnist --samples 5 --one-shots 50 --seed $seed \
-    --baselines chosen single deep perturbed random "${more[@]}" --out "$out/fmnist-$seed"
-done
+main() {                   # the main command's recipe: main SEED BASELINES
+  nes --dataset fmnist --samples 5 --one-shots 50 --seed $1 --baselines "${@:2}" \
+    --out "$out/fmnist-$1"
+}
+for seed in 0 1 2 3 4; do main $seed single deep perturbed; done
+for seed in 0 1 2 3 4; do main $seed single deep perturbed chosen random; done
+for seed in 0 1 2; do main $seed single deep perturbed chosen random nes-rs darts; done
 for seed in 0 1; do        # equal compute: one network, and shared weights, for longer
   for epochs in 4 8 12; do
     with_search_of "$out/fmnist-$seed" "$out/epochs-$epochs-$seed"
