@@ -20,7 +20,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import nes
 
-VARIANTS = {"default": "nothing", "soft": "the finished architecture's divergence (soft JSd instead)",
+VARIANTS = {"default": "nothing",
+            "soft": "the finished architecture's divergence (soft JSd instead)",
             "edges": "entries (all 28 edges count instead)", "no noise": "Gumbel noise",
             "one draw": "sixteen lambdas a step (one instead)",
             "no overshoot": "overshoot of lambda", "random start": "start at the base",
@@ -52,11 +53,13 @@ def without(variant, base_p, args):
 
     replaced = {
         "default": {}, "no noise": {}, "soft": {"diversity_loss": soft_diversity(base_p, nes.TAU)},
-        "edges": {"diversity_loss": edges}, "one draw": {"DRAWS": 1}, "no overshoot": {"OVERSHOOT": 0.0},
+        "edges": {"diversity_loss": edges}, "one draw": {"DRAWS": 1},
+        "no overshoot": {"OVERSHOOT": 0.0},
         "random start": {"smooth": lambda p, tau: (1e-3 * torch.randn(
             p.shape, generator=nes.rng(args.seed, "start"))).softmax(-1)},
-        "mixture": {"draw_probabilities": draw_and_keep, "search_step": lambda net, arch, *rest, **more: (
-            step(net, seen["p"][0], *rest, **more))}}[variant]
+        "mixture": {"draw_probabilities": draw_and_keep, "search_step":
+                    lambda net, arch, *rest, **more: step(net, seen["p"][0], *rest, **more)},
+    }[variant]
     with patch.multiple(nes, **replaced) if replaced else contextlib.nullcontext():
         yield
 
@@ -64,7 +67,8 @@ def without(variant, base_p, args):
 def run(variant, seed, options):
     folder = Path(options.out) / f"{variant.replace(' ', '-')}-{seed}"
     flags = ["--dataset", options.dataset, "--data-dir", options.data_dir, "--seed", str(seed),
-             "--shared-epochs", "0", "--device", "cpu", "--out", str(folder), *options.flags.split(",")]
+             "--shared-epochs", "0", "--device", "cpu", "--out", str(folder),
+             *options.flags.split(",")]
     args = nes.parse([flag for flag in flags + ["--noise", "0"] * (variant == "no noise") if flag])
     data = nes.load_data(args.dataset, args.data_dir, args.image_size, seed)
     shared_base = Path(options.out) / f"base-{seed}.pt"
@@ -90,7 +94,8 @@ def run(variant, seed, options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--without", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--dataset", default="fmnist")

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# All runs of the evidence in results.md, one after the other, into one folder; what is there is kept,
-# and a run that was killed goes on. Some ten hours on two cores:
+# All runs of the evidence in results.md, one after the other, into one folder; what is there is
+# kept, and a run that was killed goes on. Some ten hours on two cores:
 #     bash .github/evidence.sh DIR CIFAR
 # DIR: where the run folders are made; CIFAR: CIFAR-10 as a folder of train/ and test/.
 set -euo pipefail
 out=$1 cifar=$2
 nes() { python "$(dirname "$0")/../nes.py" "$@"; }  # keeps what a folder has
-with_search_of() { mkdir -p "$2"; cp -n "$1"/{base,hyper}.pt "$2"; }  # the same search, not repeated
+with_search_of() { mkdir -p "$2"; cp -n "$1"/{base,hyper}.pt "$2"; }  # a search, not repeated
 
 main() {                   # the main command's recipe: main SEED BASELINES
   nes --dataset fmnist --samples 5 --one-shots 50 --seed $1 --baselines "${@:2}" \

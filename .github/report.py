@@ -2,6 +2,7 @@
 
     python .github/report.py runs/fmnist-target-0 runs/fmnist-target-1 runs/fmnist-target-2
 
+A saved ledger will do in place of a run folder: .github/ledger/fmnist-0.csv
 Mean and standard deviation of each method's ensemble; then each method's differences to the deep
 ensemble and to the perturbed base, paired by seed, with the 95 % interval of Student's t: an
 interval over zero shows nothing.
@@ -26,11 +27,14 @@ def ensembles(folders):
     """method -> column -> its values, one a seed, of the methods that all runs have."""
     runs, settings = [], []
     for folder in map(Path, folders):
-        if not (folder / "ledger.csv").exists():
-            sys.exit(f"{folder} holds no ledger.csv: finish that run first")
-        rows = list(csv.DictReader((folder / "ledger.csv").open(newline="")))
+        file = folder if folder.suffix == ".csv" else folder / "ledger.csv"
+        if not file.exists():
+            sys.exit(f"{file} is not there: finish that run first")
+        rows = list(csv.DictReader(file.open(newline="")))
         runs.append({row["method"]: row for row in rows if row["index"] == "ensemble"})
-        settings.append(json.loads((folder / "settings.json").read_text())
+        beside = folder / "settings.json"  # a saved ledger tells its seed alone
+        settings.append((json.loads(beside.read_text()) if beside.exists() else
+                         {"--seed": rows[0]["seed"], "--dataset": rows[0]["dataset"]})
                         | {"members": runs[-1]["ours"]["networks"]})
     seeds = {run.pop("--seed") for run in settings}
     if any(run != settings[0] for run in settings) or len(seeds) < len(runs):

@@ -1,11 +1,14 @@
-"""Test of report.py, by hand-computed means and intervals: pytest .github/test_report.py"""
+"""Tests of report.py and evidence.py, by hand: pytest .github/test_report.py"""
 import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
+import evidence
 import nes
 import report
 
@@ -15,6 +18,7 @@ def write_run(folder, seed, scores, **settings):
     rows = [dict.fromkeys(report.TITLES, 0) | {
         "method": method, "index": "ensemble", "accuracy": accuracy, "nll": 1 - accuracy}
         for method, accuracy in scores.items()]
+    rows = [row | {"seed": seed, "dataset": "toy"} for row in rows]
     nes.save(folder / "ledger.csv", nes.ledger(rows))
     nes.save(folder / "settings.json", json.dumps({"--seed": seed, "--epochs": 1} | settings))
     return folder
@@ -27,8 +31,19 @@ def test_means_and_intervals_paired_by_seed(tmp_path):
     assert "| ours | 87.00 +- 4.58 | 0.1300 +- 0.0458 |" in text
     # 4.303 * 1 / sqrt(3) = 2.484
     assert "| ours | +2.00 [-0.48, +4.48] | -0.0200 [-0.0448, +0.0048] |" in text
+    assert report.report([run / "ledger.csv" for run in runs]) == text
     other = write_run(tmp_path / "other", 3, {"deep": 0.9, "ours": 0.9}, **{"--epochs": 2})
     for wrong, words in ((runs[:2] + runs[:1], "different seeds"), (runs + [other], "same settings"),
                          ([tmp_path / "none"], "finish that run first")):
         with pytest.raises(SystemExit, match=words):
             report.report(wrong)
+
+
+def test_uncertainty_by_hand():
+    # of the six pairs (outside, inside) three are larger outside, one is equal
+    assert evidence.auroc(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([2.0, 3.0])) == 3.5 / 6
+    sure, torn = [0.9, 0.1], [0.4, 0.6]
+    probs, labels = torch.tensor([[sure, torn, sure, torn]]), torch.tensor([0, 1, 1, 0])
+    assert evidence.least_certain_errors(probs, labels, 0.5) == 0.5   # second, last
+    assert torch.allclose(evidence.entropy(probs)[0], torch.tensor(
+        -0.9 * math.log(0.9) - 0.1 * math.log(0.1)).double())
