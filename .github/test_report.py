@@ -40,10 +40,16 @@ def test_means_and_intervals_paired_by_seed(tmp_path):
 
 
 def test_uncertainty_by_hand():
-    # of the six pairs (outside, inside) three are larger outside, one is equal
+    # of six pairs three are larger outside, one is equal
     assert evidence.auroc(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([2.0, 3.0])) == 3.5 / 6
     sure, torn = [0.9, 0.1], [0.4, 0.6]
     probs, labels = torch.tensor([[sure, torn, sure, torn]]), torch.tensor([0, 1, 1, 0])
     assert evidence.least_certain_errors(probs, labels, 0.5) == 0.5   # second, last
     assert torch.allclose(evidence.entropy(probs)[0], torch.tensor(
         -0.9 * math.log(0.9) - 0.1 * math.log(0.1)).double())
+
+
+def test_the_table_of_results_is_that_of_the_ledgers():
+    here = Path(__file__).parent
+    ledgers = sorted((here / "ledger").glob("fmnist-?.csv"))
+    assert len(ledgers) > 1 and report.report(ledgers) in (here / "results.md").read_text()
