@@ -111,8 +111,7 @@ def least_certain_errors(probs, labels, share=0.1):
 
 def uncertainty_rows(folder, rows, labels, foreign):
     """A row a method; foreign: images (N, C, H, W) of another data set."""
-    predicted = {}
-    found = []
+    predicted, found = {}, []
     for method in dict.fromkeys(row["method"] for row in rows):
         files = files_of(rows, method)
         for file in files:
@@ -137,7 +136,8 @@ def main(out, cifar):
     for folder in sorted(out.glob("*-*")):
         if not (folder / "results.json").exists():
             continue
-        rows = read(folder / "ledger.csv")
+        # a folder of images by its name alone: where it was says nothing to others
+        rows = [row | {"dataset": Path(row["dataset"]).name} for row in read(folder / "ledger.csv")]
         write(HERE / "ledger" / f"{folder.name}.csv", rows)
         settings = json.loads((folder / "settings.json").read_text())
         if settings["--dataset"] != "fmnist":

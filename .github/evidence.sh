@@ -6,7 +6,9 @@
 set -euo pipefail
 out=$1 cifar=$2
 nes() { python "$(dirname "$0")/../nes.py" "$@"; }  # keeps what a folder has
-with_search_of() { mkdir -p "$2"; cp -n "$1"/{base,hyper}.pt "$2"; }  # a search, not repeated
+with_search_of() {         # the same search, not repeated
+  [ -d "$2" ] || { mkdir -p "$2"; cp "$1"/{base,hyper}.pt "$2"; }
+}
 
 main() {                   # the main command's recipe: main SEED BASELINES
   nes --dataset fmnist --samples 5 --one-shots 50 --seed $1 --baselines "${@:2}" \

@@ -67,7 +67,7 @@ def markdown(lines):
 
 
 def report(folders):
-    """The tables as text, of run folders."""
+    """The tables as text, of run folders or saved ledgers."""
     methods = ensembles(folders)
     text = [markdown([["method", *TITLES.values()]] + [
         [name, *(mean_std(values[key], digits(key)) for key in TITLES)]

@@ -33,7 +33,8 @@ def test_means_and_intervals_paired_by_seed(tmp_path):
     assert "| ours | +2.00 [-0.48, +4.48] | -0.0200 [-0.0448, +0.0048] |" in text
     assert report.report([run / "ledger.csv" for run in runs]) == text
     other = write_run(tmp_path / "other", 3, {"deep": 0.9, "ours": 0.9}, **{"--epochs": 2})
-    for wrong, words in ((runs[:2] + runs[:1], "different seeds"), (runs + [other], "same settings"),
+    for wrong, words in ((runs[:2] + runs[:1], "different seeds"), (runs + [other],
+                          "same settings"),
                          ([tmp_path / "none"], "finish that run first")):
         with pytest.raises(SystemExit, match=words):
             report.report(wrong)
