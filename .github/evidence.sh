@@ -15,8 +15,6 @@ main() {                   # the main command's recipe: main SEED BASELINES
     --out "$out/fmnist-$1"
 }
 for seed in 0 1 2 3 4; do main $seed single deep perturbed; done
-for seed in 0 1 2 3 4; do main $seed single deep perturbed chosen random; done
-for seed in 0 1 2; do main $seed single deep perturbed chosen random nes-rs darts; done
 for seed in 0 1; do        # equal compute: one network, and shared weights, for longer
   for epochs in 4 8 12; do
     with_search_of "$out/fmnist-$seed" "$out/epochs-$epochs-$seed"
@@ -30,6 +28,8 @@ for seed in 0 1; do
     --workers 1 --out "$out/epochs-20-$seed" &
 done
 wait
+for seed in 0 1 2 3 4; do main $seed single deep perturbed chosen random; done
+for seed in 0 1 2; do main $seed single deep perturbed chosen random nes-rs darts; done
 for seed in 0 1 2; do      # another data set
   nes --dataset "$cifar" --samples 3 --epochs 6 --shared-epochs 6 --crop 4 --mirror --seed $seed \
     --baselines single deep perturbed --out "$out/cifar10-$seed"
