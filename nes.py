@@ -1294,12 +1294,15 @@ def run(args):
     for lam in sample_lambdas(args.samples, args.lambda_max):
         print_cells(f"lambda {lam:.3f}", sample(hyper, [lam])[0])
     methods = make_networks(discretise(base_p), hyper, data, args)
-    results, rows = collect(methods, response, hyper, base_p, data, args)
+    rows = {method: method_rows(method, names, discretise(base_p), data, args)
+            for method, names in methods.items()}
+    results = collect(rows, response, hyper, base_p, data, args)
     if RANK == 0:
         save(Path(args.out) / "results.json", json.dumps(results, indent=1))
-        save(Path(args.out) / "ledger.csv", ledger(rows))
+        save(Path(args.out) / "ledger.csv", ledger(sum(rows.values(), [])))
         save_pictures(results, data.splits["test"][1].cpu(), args)
-    print_results(results)
+    print_results(rows)
+    say(f"\neverything is in {args.out}")
     return results
 
 def make_networks(base, hyper, data, args):
@@ -1366,16 +1369,14 @@ def method_rows(method, names, base, data, args):
         "search_seconds": seconds_of(searches.get(method, ["base", "hyper"]), args),
         "training_seconds": seconds_of([*shared, *names], args)}]
 
-def collect(methods, response, hyper, base_p, data, args):
-    """What results.json holds, and the ledger's rows, from the networks' files."""
-    base, M = discretise(base_p), args.samples
-    rows = {name: method_rows(name, names, base, data, args) for name, names in methods.items()}
-    scores = {name: {key: found[-1][key] for key in COLUMNS} for name, found in rows.items()}
+def collect(rows, response, hyper, base_p, data, args):
+    """What results.json holds; rows: method -> its rows of the ledger."""
+    base = discretise(base_p)
     pick = lambda row, keys=METRICS: {key: row[key] for key in keys}
-    ours, shots, more = rows["ours"], *(found for name, found in rows.items() if "one-shot" in name)
-    members = [member | {"file": ours[i]["file"], "one_shot": pick(shots[i], METRICS[:4]),
-                         "test": pick(ours[i], METRICS[:4])} for i, member in enumerate(
-        describe(hyper, base_p, sample_lambdas(M, args.lambda_max)))]
+    ours, shots, more = rows["ours"], rows["ours, one-shot"], rows[f"one-shot of {args.one_shots}"]
+    members = [member | {"file": mine["file"], "one_shot": pick(shot, METRICS[:4]),
+                         "test": pick(mine, METRICS[:4])} for member, mine, shot in zip(
+        describe(hyper, base_p, sample_lambdas(args.samples, args.lambda_max)), ours, shots)]
     return {
         "settings": vars(args) | {"images": data.digest},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
@@ -1384,11 +1385,11 @@ def collect(methods, response, hyper, base_p, data, args):
                     "one_shot": shots[-1]["training_seconds"],
                     "members": ours[-1]["training_seconds"]},
         "base": {"genotype": genotype(base), "operations": count_operations(base)},
-        "lambda_response": response, "distinct": len(set(methods["ours, one-shot"])),
-        "members": members, "methods": scores, "ensemble": pick(ours[-1]),
-        "one_shot": pick(shots[-1]),
-        "one_shots": pick(more[-1]) | {"files": [row["file"] for row in more[:-1]]},
-    }, sum(rows.values(), [])
+        "lambda_response": response, "distinct": len({row["file"] for row in shots[:-1]}),
+        "members": members,
+        "methods": {method: pick(found[-1], COLUMNS) for method, found in rows.items()},
+        "ensemble": pick(ours[-1]), "one_shot": pick(shots[-1]),
+        "one_shots": pick(more[-1]) | {"files": [row["file"] for row in more[:-1]]}}
 
 def ledger(rows):
     """CSV text: a row for each network and for each ensemble of a run."""
@@ -1424,17 +1425,14 @@ def print_cells(name, arch):
         for node in range(NODES):
             say(f"  {kind:<9} node {node} = {' + '.join(terms[2 * node:2 * node + 2])}")
 
-def print_results(results):
-    """The members and their ensemble, and the methods side by side."""
-    rows = [*results["members"], {"test": results["ensemble"], "one_shot": results["one_shot"]}]
-    rows = [row | row["test"] | {"shot": row["one_shot"]["accuracy"], "member": name}
-            for name, row in zip([*range(len(rows) - 1), "ensemble"], rows)]
-    say("\n" + table(rows, {
-        "member": ("member", ""), "lambda": ("lambda", ".3f"), "matched_entries": ("entries", ""),
+def print_results(rows):
+    """The members and their ensemble, and the methods side by side; method -> ledger's rows."""
+    members = [mine | {"shot": shot["accuracy"]}
+               for mine, shot in zip(rows["ours"], rows["ours, one-shot"])]
+    say("\n" + table(members, {
+        "index": ("member", ""), "lambda": ("lambda", ".3f"), "entries": ("entries", ""),
         "shot": ("one-shot", ".2%"), **{key: COLUMNS[key] for key in METRICS[:4]}}))
-    rows = [{"method": method, **scores} for method, scores in results["methods"].items()]
-    say("\n" + table(rows, {"method": ("method", ""), **COLUMNS}))
-    say(f"\neverything is in {results['settings']['out']}")
+    say("\n" + table([found[-1] for found in rows.values()], {"method": ("method", ""), **COLUMNS}))
 
 def main(argv=None):
     """The program: parse the flags, run the method, return the results (what results.json holds).
