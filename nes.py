@@ -208,9 +208,7 @@ def check_settings(data, args):
     now = {"version": VERSION, "other images,": data.digest}
     now |= {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in FREE}
     before = load(path) or now
-    if before.get("version") != VERSION:
-        fail(f"{args.out} holds a run of another version of nes.py: choose another --out")
-    changed = [f"{k} {before[k]} (now {now[k]})" for k in now if before[k] != now[k]]
+    changed = [f"{k} {before.get(k)} (now {now[k]})" for k in now if before.get(k) != now[k]]
     if changed:
         fail(f"{args.out} holds a run with {', '.join(changed)}: choose another --out, or those "
              "settings")

@@ -645,7 +645,7 @@ def test_what_is_there_survives_errors_and_more_samples(bad, finished, tmp_path,
         assert all(path.read_bytes() == whole for path, whole in before.items() if path != file)
         file.write_bytes(before[file])
     nes.save(note, before[note].replace(b"version\": 3,", b"version\": 1,"))
-    bad(here, "another version")
+    bad(here, "version 1 (now 3)")
     nes.save(note, before[note])
     (copied / member).unlink()
     assert without_times(run_tiny(copied, "--baselines", "all")) == without_times(finished[1])
