@@ -749,7 +749,7 @@ def jensen_shannon(p, q):
     Two one-hot distributions have m = p where they agree, JSd = 0; else m gives 1/2 to either
     operation, and JSd = 1/2 ln 2 + 1/2 ln 2 = ln 2. So the mean JSd of two finished architectures
     is ln 2 times the share of entries that differ (`divergence`). Its linear extension to soft p is
-    what the hypernetwork descends (`differing_share`): JSd's own gradient is infinite there.
+    what the hypernetwork descends (`diversity_loss`): JSd's own gradient is infinite there.
     """
     tiny = torch.finfo(p.dtype).tiny
     m = (p + q) / 2
@@ -766,24 +766,18 @@ def divergence(arch, base):
     per_edge = jensen_shannon(none(arch), none(base)) * base.sum(dim=-1)
     return per_edge.sum(dim=(-2, -1)) / base.sum()
 
-def differing_share(arch, p, base):
-    """divergence(arch, base) / ln 2 with a gradient for p: the share of the base's entries lost.
-
-    1 - sum(base * (arch + p - stop_gradient(p))) / 16, arch = discretise(p), p (2, E, O). Straight
-    through: forward it counts entries, backward it is linear in p at every entry of the base. (With
-    arch * (1 + p - stop_gradient(p)), which serves the network's losses, only operations already
-    chosen would have a gradient, and the dial would not move.)
-    """
-    return 1 - (base * (arch + p - p.detach())).sum(dim=(-3, -2, -1)) / base.sum()
-
 def diversity_loss(arch, p, base, lam, strength=30.0):
     """c (share - lambda)^2: the term, added to L_val, that puts the hypernetwork at its lambda.
 
-    Departure from the paper, the default: with - lambda JSd each entry has a threshold, and how
-    many have crossed it depends on how long one trains. This form has a resting point: lambda is
-    the share of the base's entries that the architecture has not.
+    share = 1 - sum(base * (arch + p - stop_gradient(p))) / 16 = divergence(arch, base) / ln 2, with
+    arch = discretise(p), p (..., 2, E, O). Straight through: forward it counts entries, backward it
+    is linear in p at every entry of the base. (With arch * (1 + p - stop_gradient(p)), which serves
+    the network's losses, only operations already chosen would have a gradient, and the dial would
+    not move.) Departure from the paper, the default: with - lambda JSd each entry has a threshold,
+    and how many have crossed it depends on how long one trains. This form has a resting point.
     """
-    return strength * (differing_share(arch, p, base) - lam) ** 2
+    share = 1 - (base * (arch + p - p.detach())).sum(dim=(-3, -2, -1)) / base.sum()
+    return strength * (share - lam) ** 2
 
 def paper_diversity_loss(p, smoothed_base, lam):
     """- lambda JSd(alpha*, alpha(lambda)), mean over all edges: the paper's term.

@@ -290,15 +290,14 @@ def test_the_diversity_term_is_the_jsd_of_the_finished_architecture_and_pushes_a
                      for i in range(40)]).requires_grad_()  # from the base itself to hardly a trace
     archs, lams = nes.discretise(p), torch.linspace(0, 1, 40)
     kept = torch.tensor([len(entries(arch) & entries(base)) for arch in archs])
-    share = nes.differing_share(archs, p, base)
-    gradient, = torch.autograd.grad(share.sum(), p)
-    assert torch.allclose(gradient, -base / 16)  # chosen or not: what the product form would miss
-    assert torch.allclose(share, 1 - kept / 16, atol=1e-6)
+    share = 1 - kept / 16
     assert torch.equal(nes.matched_entries(archs, base), kept) and 16 in kept and kept.min() < 4
     assert torch.allclose(nes.divergence(archs, base), math.log(2) * share, atol=1e-6)
     assert nes.divergence(archs[20], base).item() == pytest.approx(math.log(2) * share[20].item())
-    loss = nes.diversity_loss(archs, p, base, lams, 3.0)
-    assert torch.allclose(loss, 3 * (share - lams) ** 2, atol=1e-5)
+    loss, over = nes.diversity_loss(archs, p, base, lams, 3.0), share - lams
+    gradient, = torch.autograd.grad(loss.sum(), p)
+    assert torch.allclose(loss, 3 * over ** 2, atol=1e-5)  # next: at all entries of the base, chosen
+    assert torch.allclose(gradient, 6 * over.view(-1, 1, 1, 1) * -base / 16, atol=1e-6)  # or not
 
 def test_hypernetwork_is_numpys_interpolation_and_trains_every_pivot():
     hyper, pivots = nes.HyperNetwork(torch.zeros(2, 14, 7), 5, 4.0), torch.arange(5.0)
