@@ -1095,17 +1095,15 @@ def ensemble_metrics(probs, labels):
     probs = probs.double()
     p, votes = probs.mean(dim=0), probs.argmax(dim=-1)                             # (N, Y), (M, N)
     confidence, choice = p.max(dim=-1)
-    gaps = torch.zeros(BINS, dtype=torch.double).index_add(                        # a bin's sum
-        0, confidence_bins(confidence), confidence - (choice == labels).double())
-    pairs = torch.combinations(torch.arange(len(votes)))                           # (M(M-1)/2, 2)
-    differ = (votes[pairs[:, 0]] != votes[pairs[:, 1]]).double()
+    gaps = confidence_bins(confidence).bincount(confidence - (choice == labels).double(), BINS)
+    differ = (votes[:, None] != votes).sum().item()                         # counts each pair twice
     entropy = lambda q: torch.special.entr(q).sum(dim=-1).mean(dim=-1)
     return {"accuracy": (choice == labels).double().mean().item(),
             "nll": F.nll_loss(p.clamp_min(1e-12).log(), labels).item(),
             "brier": (p - F.one_hot(labels, p.shape[-1])).square().sum(dim=-1).mean().item(),
             "ece": (gaps.abs().sum() / len(labels)).item(),
             "oracle_accuracy": (votes == labels).any(dim=0).double().mean().item(),
-            "disagreement": differ.mean().item() if len(pairs) else 0.0,
+            "disagreement": differ / max(1, len(votes) * (len(votes) - 1) * len(labels)),
             "predictive_jsd": (entropy(p) - entropy(probs).mean()).item()}
 
 def member_metrics(probs, labels):
