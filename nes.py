@@ -1299,26 +1299,21 @@ def make_networks(base, hyper, data, args):
     """Train and score what every method needs: method -> its networks' names, <out>/<name>.pt."""
     count = max(args.samples, args.one_shots, POOL if "chosen" in args.baselines else 0)
     pool = sample(hyper, sample_lambdas(count, args.lambda_max))
+    shots = [one_shot_name(arch) for arch in pool]
     jobs, methods = {"shared": (train_shared, hyper)} if args.shared_epochs else {}, {}
-
-    def add_members(method):
-        archs = architectures(method, base, pool, data, args)
-        methods[method] = [f"members/{fingerprint(arch)}-{i}" for i, arch in enumerate(archs)]
-        for i, (name, arch) in enumerate(zip(methods[method], archs)):
-            jobs[name] = (train_member, arch, i)
-
     if "darts" in args.baselines:
         deal_out({name: (base_search,) for name in other_searches(args.samples)}, data, args)
-    for method in ["ours", *args.baselines]:
-        if method != "chosen":  # by one-shot scores, which come after the shared weights
-            add_members(method)
-    say(f"\n{len(jobs)} networks, the shared weights included; what is there is not trained again")
-    deal_out(jobs, data, args)
-    deal_out({one_shot_name(arch): (score_one_shot, arch) for arch in pool}, data, args)
-    if "chosen" in args.baselines:
-        add_members("chosen")
+    stages = [["ours", *(method for method in args.baselines if method != "chosen")]]
+    stages += [["chosen"]] * ("chosen" in args.baselines)  # it reads the first stage's scores
+    for stage in stages:
+        for method in stage:
+            archs = architectures(method, base, pool, data, args)
+            methods[method] = [f"members/{fingerprint(arch)}-{i}" for i, arch in enumerate(archs)]
+            jobs |= {name: (train_member, arch, i)
+                     for i, (name, arch) in enumerate(zip(methods[method], archs))}
+        say(f"\n{len(jobs)} networks with the shared weights; what is there is not trained again")
         deal_out(jobs, data, args)
-    shots = [one_shot_name(arch) for arch in pool]
+        deal_out({name: (score_one_shot, arch) for name, arch in zip(shots, pool)}, data, args)
     return methods | {"ours, one-shot": shots[:args.samples],
                       f"one-shot of {args.one_shots}": shots[:args.one_shots]}
 
