@@ -486,12 +486,8 @@ NAMES = ["max_pool_3x3", "avg_pool_3x3", "skip_connect",
 KINDS = ("normal", "reduction")
 NODES = 4                                                                        # of a cell
 EDGES = [(source, node) for node in range(NODES) for source in range(node + 2)]  # 0, 1: its inputs
+EDGES_OF = [[e for e, (_, end) in enumerate(EDGES) if end == node] for node in range(NODES)]
 ENTRIES = 2 * 2 * NODES
-
-def edges_of(node):
-    """The edges that end in a node, neighbours in EDGES, as a slice."""
-    first = node * (node + 3) // 2
-    return slice(first, first + node + 2)
 
 def discretise(p):
     """The finished architecture of p (DARTS, section 2.4): a node keeps its two strongest inputs.
@@ -503,7 +499,7 @@ def discretise(p):
     """
     strength, operation = p.detach().max(dim=-1)                                   # (..., 2, E)
     kept = torch.zeros_like(strength)
-    for edges in map(edges_of, range(NODES)):
+    for edges in EDGES_OF:
         order = strength[..., edges].sort(dim=-1, descending=True, stable=True).indices
         kept[..., edges] = kept[..., edges].scatter(-1, order[..., :2], 1.0)
     return F.one_hot(operation, p.shape[-1]) * kept.unsqueeze(-1)
@@ -615,8 +611,7 @@ class Cell(nn.Module):
 
     def forward(self, s0, s1, arch=None):
         states = [self.align0(s0), self.align1(s1)]
-        for node in range(NODES):
-            edges = range(len(EDGES))[edges_of(node)]
+        for edges in EDGES_OF:
             states.append(gradient_channels_last(sum(self.edges[e](
                 states[EDGES[e][0]], None if arch is None else arch[e]) for e in edges)))
         return torch.cat(states[2:], dim=1)
