@@ -1455,13 +1455,10 @@ class DepthwiseGradients(torch.autograd.Function):
         (x, w), s, d = ctx.saved_tensors, ctx.stride, ctx.dilation
         (B, C, H, W), k = x.shape, w.shape[-1]
         p = d * (k // 2)
-        gradient_x = gradient_w = None
-        if ctx.needs_input_grad[0]:
-            spread = g
-            if s > 1:
-                spread = torch.zeros_like(x)
-                spread[:, :, ::s, ::s] = g
-            gradient_x = F.conv2d(spread, w.flip(2, 3), None, 1, p, d, groups=C)
+        spread, gradient_w = g, None
+        if s > 1:
+            spread = torch.zeros_like(x)
+            spread[:, :, ::s, ::s] = g
         if ctx.needs_input_grad[1] and k == 3 and d == 1:  # the one case with a fast kernel
             gradient_w = torch.nn.grad.conv2d_weight(x, w.shape, g, s, p, d, groups=C)
         elif ctx.needs_input_grad[1]:
@@ -1469,7 +1466,7 @@ class DepthwiseGradients(torch.autograd.Function):
             kernel = g.reshape(B * C, 1, *g.shape[2:])
             taps = F.conv2d(image, kernel, None, d, p, s, groups=B * C)[:, :, :k, :k]
             gradient_w = taps.reshape(B, C, 1, k, k).sum(0)
-        return gradient_x, gradient_w, None, None
+        return F.conv2d(spread, w.flip(2, 3), None, 1, p, d, groups=C), gradient_w, None, None
 
 class DepthwiseConv(nn.Conv2d):
     """A depthwise convolution with `taps` x `taps` values, padding "same", no bias."""
