@@ -596,8 +596,7 @@ class Cell(nn.Module):
     (B, 4C, H, W), or (B, 4C, H/2, W/2) from a reduction cell.
     """
 
-    def __init__(self, C_before, C_last, C, reduction, after_reduction, affine=False,
-                 names=[NAMES] * len(EDGES)):
+    def __init__(self, C_before, C_last, C, reduction, after_reduction, affine, names):
         super().__init__()
         self.reduction = reduction
         align = lambda C_in: nn.Sequential(nn.Conv2d(C_in, C, 1, bias=False),
@@ -982,8 +981,6 @@ def load_member(path):
 
 # ---- 10. Shared weights: one shot, for any number of architectures -------------------------------
 
-RECALIBRATION = (20, 256)  # batches, and images of each: the average of few would be noisy
-
 def train_shared(name, hyper, data, args):
     """Train one supernet of the members' size for the architectures of the frozen hypernetwork.
 
@@ -1030,9 +1027,9 @@ def one_shot_name(arch):
 
 def score_one_shot(name, arch, data, args):
     """Make an architecture's one-shot network and leave it in <out>/<name>.pt."""
-    start, (count, size) = time.time(), RECALIBRATION
-    batches = (data.batch("train", size, step, (args.seed, "recalibration"), augment=False)[0]
-               for step in range(count))
+    start = time.time()
+    batches = (data.batch("train", 256, step, (args.seed, "recalibration"), augment=False)[0]
+               for step in range(20))  # the average of few would be noisy
     net = one_shot(shared_network(data, args), arch, batches)
     finish(name, net, {"seconds": time.time() - start}, data, args)
 
