@@ -695,11 +695,9 @@ def search_step(net, arch, penalty, w_batch, a_batch, w_optimizer, a_optimizer, 
         loss = second_order_loss(net, w_batch, a_batch, arch, w_optimizer.param_groups[0]["lr"])
     else:
         loss = F.cross_entropy(net(x_val, arch), y_val)
-    parameters = a_optimizer.param_groups[0]["params"]
-    gradients = torch.autograd.grad(loss + penalty, parameters)
+    a_optimizer.zero_grad()
+    (loss + penalty).backward(inputs=a_optimizer.param_groups[0]["params"])
     net.requires_grad_(True)
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = gradient
     a_optimizer.step()
     return {"train": train_loss, "validation": loss, "penalty": torch.as_tensor(penalty)}
 
