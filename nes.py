@@ -1412,7 +1412,7 @@ def print_results(rows):
 def main(argv=None):
     """The program: parse the flags, run the method, return the results (what results.json holds).
 
-    An error ends the program with one sentence and exit status 2.
+    An error ends the program with one sentence and exit status 2, Ctrl-C with 130.
     """
     try:
         args = parse(argv)
@@ -1422,6 +1422,9 @@ def main(argv=None):
     except NesError as error:
         print(f"nes.py: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\nnes.py: stopped; the same command goes on where it was", file=sys.stderr)
+        raise SystemExit(130) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1494,8 +1497,4 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)   # M_TRIM_THRESHOLD: keep what was freed
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\nnes.py: stopped; the same command goes on where it was", file=sys.stderr)
-        raise SystemExit(130)
+    main()
