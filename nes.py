@@ -550,16 +550,14 @@ def twice_separable(C, taps, stride, affine):
     return nn.Sequential(separable(C, taps, stride, affine), nn.ReLU(),
                          separable(C, taps, 1, affine))
 
-def pool(layer, C):
-    """Pooling. Its batch norm stays in a finished network: this computes what the supernet did."""
-    return nn.Sequential(layer, nn.BatchNorm2d(C, affine=False))
-
 # DARTS's eight operations without "zero", which no finished architecture can hold:
 # (C, stride, affine) -> module. Those with parameters get relu(x), the others x, see MixedOp.
+# Pooling's batch norm stays in a finished network, which so computes what the supernet did.
 OPERATIONS = {
-    "max_pool_3x3": lambda C, stride, affine: pool(nn.MaxPool2d(3, stride, 1), C),
-    "avg_pool_3x3": lambda C, stride, affine: pool(
-        nn.AvgPool2d(3, stride, 1, count_include_pad=False), C),
+    "max_pool_3x3": lambda C, stride, affine: nn.Sequential(
+        nn.MaxPool2d(3, stride, 1), nn.BatchNorm2d(C, affine=False)),
+    "avg_pool_3x3": lambda C, stride, affine: nn.Sequential(
+        nn.AvgPool2d(3, stride, 1, count_include_pad=False), nn.BatchNorm2d(C, affine=False)),
     "skip_connect": lambda C, stride, affine: (
         nn.Identity() if stride == 1 else FactorizedReduce(C, C, affine)),
     "sep_conv_3x3": lambda C, stride, affine: twice_separable(C, 3, stride, affine),
@@ -601,8 +599,7 @@ class Cell(nn.Module):
         self.reduction = reduction
         align = lambda C_in: nn.Sequential(nn.Conv2d(C_in, C, 1, bias=False),
                                            nn.BatchNorm2d(C, affine=affine))
-        self.align0 = (FactorizedReduce(C_before, C, affine) if after_reduction else
-                       align(C_before))
+        self.align0 = FactorizedReduce(C_before, C, affine) if after_reduction else align(C_before)
         self.align1 = align(C_last)
         self.edges = nn.ModuleList(
             MixedOp(C, 2 if reduction and source < 2 else 1, affine, held)
