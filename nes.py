@@ -736,9 +736,7 @@ def jensen_shannon(p, q):
     section 1. Zeros are allowed. KL(m || p), a common slip, is another divergence without a bound.
 
     Two one-hot distributions have m = p where they agree, JSd = 0; else m gives 1/2 to either
-    operation, and JSd = 1/2 ln 2 + 1/2 ln 2 = ln 2. So the mean JSd of two finished architectures
-    is ln 2 times the share of entries that differ (`divergence`). Its linear extension to soft p is
-    what the hypernetwork descends (`diversity_loss`): JSd's own gradient is infinite there.
+    operation, and JSd = 1/2 ln 2 + 1/2 ln 2 = ln 2. JSd's gradient is infinite there.
     """
     tiny = torch.finfo(p.dtype).tiny
     m = (p + q) / 2
@@ -749,7 +747,8 @@ def divergence(arch, base):
     """JSd of finished architectures to the base, mean over the base's 16 entries: 0 to ln 2 nats.
 
     arch: (..., 2, E, O), base: (2, E, O), 0/1. An edge is a distribution over the operations and
-    "none" (DARTS's zero), which is what an edge has that the architecture drops.
+    "none" (DARTS's zero), which is what an edge has that the architecture drops. As these are all
+    one-hot, the mean is ln 2 times the share of entries that differ.
     """
     none = lambda a: torch.cat([a, 1 - a.sum(dim=-1, keepdim=True)], dim=-1)  # (..., 2, E, O + 1)
     per_edge = jensen_shannon(none(arch), none(base)) * base.sum(dim=-1)
