@@ -797,7 +797,7 @@ class HyperNetwork(nn.Module):
     makes alpha jump at every pivot.
 
     start: (2, E, O) or any shape, the logits that every pivot begins with.
-    forward: lambda, a number or a tensor (...), in [0, lambda_max] -> logits (..., 2, E, O).
+    forward: lambda (...), numbers or a tensor, in [0, lambda_max] -> logits (..., 2, E, O).
     """
 
     def __init__(self, start, pivots=6, lambda_max=1.0):
@@ -806,7 +806,7 @@ class HyperNetwork(nn.Module):
         self.table = nn.Parameter(start.detach().clone().repeat(pivots, *[1] * start.dim()))
 
     def forward(self, lam):
-        lam = torch.as_tensor(lam, dtype=self.table.dtype, device=self.table.device)
+        lam = torch.as_tensor(lam, dtype=self.table.dtype)
         k = torch.searchsorted(self.pivots, lam, right=True).clamp(1, len(self.pivots) - 1) - 1
         t = (lam - self.pivots[k]) / (self.pivots[k + 1] - self.pivots[k])
         t = t.view(*t.shape, *[1] * (self.table.dim() - 1))
@@ -866,7 +866,7 @@ def sample_lambdas(count, lambda_max=1.0):
 @torch.no_grad()
 def sample(hyper, lambdas):
     """Step 3 of the method: the finished architectures (M, 2, E, O) at M lambdas, a look-up."""
-    return discretise(hyper(torch.as_tensor(lambdas)).softmax(dim=-1))
+    return discretise(hyper(lambdas).softmax(dim=-1))
 
 @torch.no_grad()
 def describe(hyper, base_p, lambdas):
@@ -876,7 +876,7 @@ def describe(hyper, base_p, lambdas):
     matched_edges: of all 28, those whose most probable operation is the base's, kept or dropped.
     """
     archs, base = sample(hyper, lambdas), discretise(base_p)
-    same = hyper(torch.tensor(lambdas)).argmax(dim=-1) == base_p.argmax(dim=-1)          # (M, 2, E)
+    same = hyper(lambdas).argmax(dim=-1) == base_p.argmax(dim=-1)          # (M, 2, E)
     columns = {"lambda": lambdas, "genotype": map(genotype, archs),
                "jsd": (divergence(archs, base) / math.log(2)).tolist(),
                "matched_edges": same.sum(dim=(1, 2)).tolist(),
