@@ -1048,12 +1048,10 @@ def load_ensemble(folder, one_shots=0):
     networks. Raises NesError where they are not there."""
     results = load(Path(folder) / "results.json") or fail(
         f"{folder} holds no results.json: finish that run first")
-    files = [member["file"] for member in results["members"]]
-    if one_shots:
-        files = results["one_shots"]["files"][:one_shots]
-        if len(files) < one_shots:
-            fail(f"{folder} has {len(files)} one-shot networks: repeat its command with "
-                 f"--one-shots {one_shots}")
+    shots = results["one_shots"]["files"]
+    if one_shots > len(shots):
+        fail(f"{folder} has {len(shots)} one-shot networks: repeat it with --one-shots {one_shots}")
+    files = shots[:one_shots] if one_shots else [member["file"] for member in results["members"]]
     members, data = zip(*(load_member(Path(folder) / file) for file in files))
     return Ensemble(members, data[0])
 
