@@ -1295,7 +1295,8 @@ def make_networks(base, hyper, data, args):
             methods[method] = [f"members/{fingerprint(arch)}-{i}" for i, arch in enumerate(archs)]
             jobs |= {name: (train_member, arch, i)
                      for i, (name, arch) in enumerate(zip(methods[method], archs))}
-        say(f"\n{len(jobs)} networks with the shared weights; what is there is not trained again")
+        say(f"\n{len(jobs)} networks, the shared weights included; what is there is not trained "
+            "again")
         deal_out(jobs, data, args)
         deal_out({name: (score_one_shot, arch) for name, arch in zip(shots, pool)}, data, args)
     return methods | {"ours, one-shot": shots[:args.samples],
