@@ -736,7 +736,8 @@ def jensen_shannon(p, q):
     section 1. Zeros are allowed. KL(m || p), a common slip, is another divergence without a bound.
 
     Two one-hot distributions have m = p where they agree, JSd = 0; else m gives 1/2 to either
-    operation, and JSd = 1/2 ln 2 + 1/2 ln 2 = ln 2. JSd's gradient is infinite there.
+    operation, and JSd = 1/2 ln 2 + 1/2 ln 2 = ln 2. JSd's own gradient is infinite there, so that
+    the hypernetwork descends its linear extension, see `diversity_loss`.
     """
     tiny = torch.finfo(p.dtype).tiny
     m = (p + q) / 2
@@ -806,7 +807,7 @@ class HyperNetwork(nn.Module):
         self.table = nn.Parameter(start.detach().clone().repeat(pivots, *[1] * start.dim()))
 
     def forward(self, lam):
-        lam = torch.as_tensor(lam, dtype=self.table.dtype)
+        lam = torch.as_tensor(lam, dtype=self.table.dtype, device=self.table.device)
         k = torch.searchsorted(self.pivots, lam, right=True).clamp(1, len(self.pivots) - 1) - 1
         t = (lam - self.pivots[k]) / (self.pivots[k + 1] - self.pivots[k])
         t = t.view(*t.shape, *[1] * (self.table.dim() - 1))
@@ -1193,14 +1194,14 @@ def plot_cell(axis, entries, base=(), title=""):
     axis.axis("off")
 
 def plot_response(axis, responses, members):
-    """Matched entries against lambda, from the points of one or more runs; members are marked."""
+    """Matched entries against lambda, mean and range of one or more runs; members are marked."""
     read = lambda points, key: torch.tensor([float(point[key]) for point in points])
     lam = read(responses[0], "lambda")
     lines = torch.stack([read(points, "matched_entries") for points in responses])
     axis.plot(lam, ENTRIES * (1 - lam / max(1, lam[-1])), ":", color="grey", label="ideal")
     axis.axhline(CHANCE_ENTRIES, ls="--", color="grey", label="chance")
     axis.fill_between(lam, lines.amin(0), lines.amax(0), alpha=0.3)
-    axis.plot(lam, lines.mean(0), "o-", label=f"read off, runs: {len(lines)}")
+    axis.plot(lam, lines.mean(0), "o-", label="read off the hypernetwork")
     axis.plot(read(members, "lambda"), read(members, "matched_entries"), "D", color="tab:orange",
               label="sampled members")
     axis.set(xlabel="lambda", ylabel=f"entries of {ENTRIES} that are the base's", title="The dial")
