@@ -1,17 +1,19 @@
 """What evidence.sh ran, made small: CSV files in ledger/ and one picture, from its run folders.
 
-    python .github/evidence.py DIR CIFAR
+    python .github/evidence.py DIR CIFAR    from the run folders; what is not finished is left out
+    python .github/evidence.py              the tables of results.md, from the saved CSV files alone
 
-DIR, CIFAR: as for evidence.sh. What is not finished yet is left out, so that it can be run at any
-time. Writes beside itself
-    ledger/fmnist-S.csv, epochs-E-S.csv, cifar10-S.csv   the ledgers of the runs, a file a seed S
-    ledger/compute.csv       scores against epochs of training spent
+DIR, CIFAR: as for evidence.sh. Writes beside itself, a file a run and one for each question:
+    ledger/fmnist-S.csv, epochs-E-S.csv, cifar10-S.csv   the ledgers of the runs, S their seed
+    ledger/dial.csv          matched entries against lambda, of each search
+    ledger/compute.csv       scores against epochs of training spent, and compute.png, its picture
     ledger/uncertainty.csv   does the entropy of the prediction tell what is wrong, or foreign?
-    compute.png              the picture of compute.csv
-report.py makes tables of the first ones.
+    ledger/questions.csv     a number a seed for each question of results.md
 """
+import argparse
 import csv
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -19,17 +21,18 @@ import torch
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 import nes
+import report
 
 
 def read(path):
-    return list(csv.DictReader(path.open(newline="")))
+    return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
 
 
 def write(path, rows):
     nes.save(path, nes.ledger(rows))
-    print(f"{path.name}: {len(rows)} rows")
+    print(f"{path.name}: {len(rows)} rows", flush=True)
 
 
 def probabilities(folder, files, split="test"):
@@ -41,6 +44,50 @@ def files_of(rows, method):
     """The files of a method's members, in the ledger's order, only those in its ensemble."""
     return [row["file"] for row in rows if row["method"] == method and row["index"] != "ensemble"
             and row["chosen"] == "1"]
+
+
+def by(rows, *keys):
+    """The rows that share their values of `keys`, together: (values) -> rows."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
+
+
+def mean(values):
+    return statistics.mean(map(float, values))
+
+
+# ---- The dial ------------------------------------------------------------------------------------
+
+TENTHS = [f"{t / 10:.1f}" for t in range(11)]
+
+
+def dial_rows(folder):
+    """Of a run of nes.py, one row; of one of ablation.py, those that it wrote."""
+    if (folder / "ablation.csv").exists():
+        return [{"run": folder.name, "dataset": row["dataset"], "seed": row["seed"],
+                 "calibration_error": row["calibration_error"], "spearman": row["spearman"],
+                 **{t: row[f"entries at {t}"] for t in TENTHS}}
+                for row in read(folder / "ablation.csv")]
+    results = json.loads((folder / "results.json").read_text())
+    response, settings = results["lambda_response"], results["settings"]
+    return [{"run": folder.name.rpartition("-")[0], "dataset": Path(settings["dataset"]).name,
+             "seed": settings["seed"], "calibration_error": response["calibration_error"],
+             "spearman": response["spearman"],
+             **{t: point["matched_entries"] for t, point in zip(TENTHS, response["points"])}}]
+
+
+def dial_table(rows):
+    """A line for each kind of run: mean entries over its seeds, calibration error of each."""
+    lines = [["run", "seeds", *TENTHS, "calibration error", "mean", "Spearman, worst"]]
+    for (run,), seeds in by(rows, "run").items():
+        errors = [float(row["calibration_error"]) for row in seeds]
+        entries = [f"{mean(row[t] for row in seeds):.1f}" for t in TENTHS]
+        lines.append([run, str(len(seeds)), *entries,
+                      ", ".join(f"{error:.3f}" for error in errors), report.mean_std(errors, 3),
+                      f"{max(float(row['spearman']) for row in seeds):.3f}"])
+    return report.markdown(lines)
 
 
 # ---- Equal compute: what to choose with a budget of epochs ---------------------------------------
@@ -55,35 +102,51 @@ def compute_rows(folder, rows, labels, epochs, shared_epochs):
     """
     search = {row["method"]: CORES * float(row["search_seconds"]) for row in rows
               if row["index"] == "ensemble"}
-    members = [float(row["seconds"]) for row in rows if row["method"] == "ours" and row["seconds"]]
-    epoch = sum(members) / len(members) / epochs
+    seconds = mean(row["seconds"] for row in rows if row["method"] == "ours" and row["seconds"])
     shots = next(method for method in search if method.startswith("one-shot"))
-    choices = [("deep ensemble", "deep", count, count * epochs) for count in (2, 3, 5)]
+    choices = [("one network", "single", 1, epochs)]
+    choices += [("deep ensemble", "deep", count, count * epochs) for count in (2, 3, 5)]
     choices += [("ours", "ours", count, count * epochs) for count in (2, 3, 5)]
-    choices += [("one network", "single", 1, epochs)]
     choices += [("ours, one shot of 20", shots, 20, shared_epochs)] * (shared_epochs > 0)
     found = []
     for title, method, count, spent in choices:
         files = files_of(rows, method)[:count]
         if len(files) == count:
             found.append({"seed": rows[0]["seed"], "method": title, "networks": count,
-                          "epochs": spent, "search_epochs": round(search[method] / epoch, 2),
+                          "epochs": spent,
+                          "search_epochs": round(search[method] / seconds * epochs, 2),
                           **nes.ensemble_metrics(probabilities(folder, files), labels)})
     return found
+
+
+def compute_points(rows):
+    """method -> its points (networks, epochs, with the search, accuracy in %, NLL, seeds)."""
+    points = {}
+    for (method, spent), here in by(rows, "method", "epochs").items():
+        of = lambda key: mean(row[key] for row in here)
+        points.setdefault(method, []).append((
+            int(here[0]["networks"]), float(spent), float(spent) + of("search_epochs"),
+            100 * of("accuracy"), of("nll"), len(here)))
+    return {method: sorted(found, key=lambda point: point[1]) for method, found in points.items()}
+
+
+def compute_table(rows):
+    lines = [["method", "networks", "epochs, all networks", "with the search", "accuracy, %", "NLL",
+              "seeds"]]
+    lines += [[method, str(networks), f"{spent:.0f}", f"{total:.1f}", f"{accuracy:.2f}",
+               f"{nll:.4f}", str(seeds)] for method, points in compute_points(rows).items()
+              for networks, spent, total, accuracy, nll, seeds in points]
+    return report.markdown(lines)
 
 
 def plot_compute(rows, path):
     """Accuracy and NLL against epochs, mean of the seeds that have the point."""
     figure = Figure((10, 4), layout="constrained")
-    for axis, key, scale, title in zip(figure.subplots(1, 2), ("accuracy", "nll"), (100, 1),
-                                       ("test accuracy, %", "NLL, nats")):
-        for method in dict.fromkeys(row["method"] for row in rows):
-            mine, points = [row for row in rows if row["method"] == method], []
-            for spent in sorted({row["epochs"] for row in mine}):
-                here = [row for row in mine if row["epochs"] == spent]
-                mean = lambda name: sum(row[name] for row in here) / len(here)
-                points.append((spent + mean("search_epochs"), scale * mean(key)))
-            axis.plot(*zip(*points), "o-", label=method)
+    titles = ("test accuracy, %", "NLL, nats")
+    for axis, column, title in zip(figure.subplots(1, 2), (3, 4), titles):
+        for method, points in compute_points(rows).items():
+            axis.plot([point[2] for point in points], [point[column] for point in points], "o-",
+                      label=method)
         axis.set(xlabel="epochs of training, the search counted in them", ylabel=title)
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
@@ -110,19 +173,31 @@ def least_certain_errors(probs, labels, share=0.1):
 
 
 def uncertainty_rows(folder, rows, labels, foreign):
-    """A row a method; foreign: images (N, C, H, W) of another data set."""
-    predicted, found = {}, []
+    """A row a method; foreign: images (N, C, H, W) of another data set. Predictions are kept."""
+    predicted, found = nes.load(folder / "foreign.pt") or {}, []
+    for file in {row["file"] for row in rows if row["file"]} - set(predicted):
+        net, data = nes.load_member(folder / file)
+        predicted[file] = nes.predict(net, foreign, data)
+    nes.save(folder / "foreign.pt", predicted)
     for method in dict.fromkeys(row["method"] for row in rows):
         files = files_of(rows, method)
-        for file in files:
-            if file not in predicted:
-                net, data = nes.load_member(folder / file)
-                predicted[file] = nes.predict(net, foreign, data)
         own, other = probabilities(folder, files), torch.stack([predicted[file] for file in files])
+        alone = [auroc(entropy(a[None]), entropy(b[None])) for a, b in zip(own, other)]
         found.append({"seed": rows[0]["seed"], "method": method, "networks": len(files),
-                      "auroc": auroc(entropy(own), entropy(other)),
+                      "auroc": auroc(entropy(own), entropy(other)), "auroc_of_one": mean(alone),
                       "errors_least_certain": least_certain_errors(own, labels)})
     return found
+
+
+def uncertainty_table(rows):
+    lines = [["method", "seeds", "AUROC", "of its members alone, mean",
+              "errors among the 10 % least certain, %"]]
+    for (method,), seeds in by(rows, "method").items():
+        of = lambda key, scale, places: report.mean_std(
+            [scale * float(row[key]) for row in seeds], places)
+        lines.append([method, str(len(seeds)), of("auroc", 1, 3), of("auroc_of_one", 1, 3),
+                      of("errors_least_certain", 100, 1)])
+    return report.markdown(lines)
 
 
 def foreign_images(root, shape, count=5000):
@@ -131,30 +206,136 @@ def foreign_images(root, shape, count=5000):
     return torch.stack([nes.read_image(path, shape) for path in paths[::len(paths) // count]])
 
 
-def main(out, cifar):
-    out, compute, uncertain, foreign = Path(out), [], [], None
+# ---- Questions, a number a seed ------------------------------------------------------------------
+
+PAIRS = [("ours", "perturbed"), ("ours", "random"), ("ours", "deep"), ("chosen", "ours"),
+         ("ours, one-shot", "ours"), ("one-shot of 50", "single"), ("ours", "darts"),
+         ("ours", "nes-rs")]
+
+
+def rank_correlation(x, y):
+    """Spearman's; equal values share their rank."""
+    x, y = (torch.as_tensor(v, dtype=torch.double) for v in (x, y))
+    ranks = lambda v: (v[:, None] > v).double().sum(1) + (v[:, None] == v).double().sum(1) / 2
+    return torch.corrcoef(torch.stack([ranks(x), ranks(y)]))[0, 1].item()
+
+
+def trained_and_in_one_shot(folder, rows, data, args):
+    """For each trained architecture (trained accuracy on test, one-shot accuracy on selection,
+    whether it was sampled); of several networks of one architecture the mean is taken."""
+    trained = {}
+    for row in rows:
+        if row["file"].startswith("members"):
+            trained.setdefault(row["genotype"], {})[row["file"]] = row
+    found = []
+    for networks in trained.values():
+        arch = nes.load(folder / next(iter(networks)))["network"][4]
+        name = nes.one_shot_name(arch)
+        if not (folder / f"{name}.pt").exists():
+            nes.score_one_shot(name, arch, data, args)
+        scores = nes.member_metrics(nes.load(folder / f"{name}.pt")["selection"],
+                                    data.splits["selection"][1])
+        found.append((mean(row["accuracy"] for row in networks.values()), scores["accuracy"],
+                      any(row["method"] in ("ours", "chosen") for row in networks.values())))
+    return found
+
+
+def question_rows(rows, found):
+    """question -> its number, of one seed; found: of `trained_and_in_one_shot`."""
+    ensembles = {row["method"]: row for row in rows if row["index"] == "ensemble"}
+    members = {method: [row for row in rows if row["method"] == method and row["lambda"]]
+               for method in ("ours", "one-shot of 50")}
+    slope = lambda chosen: 100 * statistics.linear_regression(
+        [float(row["lambda"]) for row in chosen], [float(row["accuracy"]) for row in chosen]).slope
+    numbers = {f"{a} minus {b}, points": 100 * (float(ensembles[a]["accuracy"])
+                                               - float(ensembles[b]["accuracy"]))
+               for a, b in PAIRS if a in ensembles and b in ensembles}
+    numbers["one-shot (selection) and trained (test) accuracy, rank correlation"] = (
+        rank_correlation(*zip(*[pair[:2] for pair in found])))
+    numbers["the same, of the sampled architectures alone"] = (
+        rank_correlation(*zip(*[pair[:2] for pair in found if pair[2]])))
+    numbers["trained accuracy, from lambda = 0 to 1, points"] = slope(members["ours"])
+    numbers["one-shot accuracy, from lambda = 0 to 1, points"] = slope(members["one-shot of 50"])
+    numbers["search of ours, in base searches"] = (
+        float(ensembles["ours"]["search_seconds"]) / float(ensembles["deep"]["search_seconds"]))
+    return [{"seed": rows[0]["seed"], "question": name, "value": value, "architectures": len(found)}
+            for name, value in numbers.items()]
+
+
+def question_table(rows):
+    lines = [["", "seeds", "mean and 95 % interval"]]
+    for (question,), seeds in by(rows, "question").items():
+        values = [float(row["value"]) for row in seeds]
+        lines.append([question, str(len(seeds)), report.mean_interval(values, 2) if len(values) > 1
+                      else f"{values[0]:+.2f}"])
+    return report.markdown(lines)
+
+
+def lambda_table(ledgers):
+    """Accuracy of ours against lambda, trained and in one shot, over the seeds."""
+    lines = [["lambda", "entries of 16", "trained, %", "one shot, %"]]
+    rows = [row for ledger in ledgers for row in read(ledger) if row["lambda"]]
+    ours = by([row for row in rows if row["method"] == "ours"], "lambda")
+    for (lam,), found in sorted(ours.items()):
+        shots = [row for row in rows if row["method"] == "ours, one-shot" and row["lambda"] == lam]
+        percent = lambda rows: report.mean_std([100 * float(row["accuracy"]) for row in rows], 2)
+        lines.append([f"{float(lam):.3f}", f"{mean(row['entries'] for row in found):.1f}",
+                      percent(found), percent(shots)])
+    return report.markdown(lines)
+
+
+# ---- All of it -----------------------------------------------------------------------------------
+
+def tables():
+    """title -> Markdown, of the saved CSV files; results.md holds each of them."""
+    saved = HERE / "ledger"
+    fmnist, cifar = (sorted(saved.glob(f"{name}-?.csv")) for name in ("fmnist", "cifar10"))
+    some = [path for path in fmnist if {"nes-rs", "darts"} <= {row["method"] for row in read(path)}]
+    found = {"all seeds": report.report(fmnist), "accuracy against lambda": lambda_table(fmnist)}
+    if len(some) > 1:
+        found["the seeds with all baselines"] = report.report(some)
+    if cifar:
+        found["CIFAR-10"] = report.report(cifar)
+    for name, make in (("dial", dial_table), ("compute", compute_table),
+                       ("uncertainty", uncertainty_table), ("questions", question_table)):
+        if rows := read(saved / f"{name}.csv"):
+            found[name] = make(rows)
+    return found
+
+
+def collect(out, cifar):
+    """Write the CSV files and the picture from the run folders that are finished."""
+    out, saved, foreign = Path(out), HERE / "ledger", None
+    dials, compute, uncertain, questions = [], [], [], []
     for folder in sorted(out.glob("*-*")):
+        if (folder / "ablation.csv").exists() or (folder / "results.json").exists():
+            dials += dial_rows(folder) * (not folder.name.startswith("epochs"))
         if not (folder / "results.json").exists():
             continue
         # a folder of images by its name alone: where it was says nothing to others
         rows = [row | {"dataset": Path(row["dataset"]).name} for row in read(folder / "ledger.csv")]
-        write(HERE / "ledger" / f"{folder.name}.csv", rows)
-        settings = json.loads((folder / "settings.json").read_text())
-        if settings["--dataset"] != "fmnist":
+        write(saved / f"{folder.name}.csv", rows)
+        settings = json.loads((folder / "results.json").read_text())["settings"]
+        args = argparse.Namespace(**settings | {"out": str(folder)})
+        if args.dataset != "fmnist":
             continue
-        data = nes.load_data("fmnist", str(HERE.parent / "data"), seed=settings["--seed"])
+        data = nes.load_data("fmnist", str(HERE.parent / "data"), seed=args.seed)
         labels = data.splits["test"][1]
-        compute += compute_rows(folder, rows, labels, settings["--epochs"],
-                                settings["--shared-epochs"])
+        compute += compute_rows(folder, rows, labels, args.epochs, args.shared_epochs)
         if folder.name.startswith("fmnist"):
             foreign = foreign_images(cifar, data.shape) if foreign is None else foreign
             uncertain += uncertainty_rows(folder, rows, labels, foreign)
-    write(HERE / "ledger" / "compute.csv", compute)
-    write(HERE / "ledger" / "uncertainty.csv", uncertain)
+            questions += question_rows(rows, trained_and_in_one_shot(folder, rows, data, args))
+    for name, rows in (("dial", dials), ("compute", compute), ("uncertainty", uncertain),
+                       ("questions", questions)):
+        write(saved / f"{name}.csv", rows)
     plot_compute(compute, HERE / "compute.png")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) not in (1, 3):
         sys.exit(__doc__)
-    main(*sys.argv[1:])
+    if len(sys.argv) == 3:
+        collect(*sys.argv[1:])
+    for title, text in tables().items():
+        print(f"\n{title}\n\n{text}")
