@@ -11,8 +11,8 @@ All that a run computes is in its folder, --out; the same command goes on where 
 (Yakovlev, Bakhteev, Petrushina, Babkin):
 
   1  DARTS finds a base architecture:  min_alpha L_val(w*, alpha), w* = argmin_w L_train(w, alpha)
-  2  a hypernetwork learns a dial, lambda -> alpha(lambda), from the base at 0 to one that shares
-     nothing with it at 1:             min_a E_lambda [L_val(w*, arch) + c (share(arch) - lambda)^2]
+  2  a hypernetwork learns a dial, lambda -> alpha(lambda), from the base at 0 to one that has
+     next to nothing of it at 1:       min_a E_lambda [L_val(w*, arch) + c (share(arch) - lambda)^2]
      arch: a finished architecture drawn from alpha(lambda), which the table a makes; share(arch):
      the share of the base's 16 entries that it has not, its Jensen-Shannon divergence / ln 2
      (--objective paper is the paper's own term, - lambda JSd; section 7 says why it is an option)
@@ -59,11 +59,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
+from PIL import Image
 from torchvision.transforms import v2
 
 # ---- 1. Settings ---------------------------------------------------------------------------------
 
-# What `architectures` can make beside ours
+# What `architectures` can make beside ours. A new one: its name here, its architectures there, and
+# in method_rows the searches that it needs.
 BASELINES = ("chosen", "single", "deep", "random", "perturbed", "nes-rs", "darts")
 
 # A group's title, or a row: name, default, lowest value or the choices, what it is
@@ -111,7 +113,8 @@ SETTINGS = [
 TOY_DEFAULTS = {"base_steps": 60, "hyper_steps": 400, "epochs": 8, "shared_epochs": 8,
                 "channels": 8}
 # What may differ between two commands that share a run folder
-FREE = {"samples", "one_shots", "out", "data_dir", "device", "baselines", "log_every", "workers"}
+FREE = {"samples", "one_shots", "out", "data_dir", "device", "baselines", "log_every", "workers",
+        "dataset"}  # that the images are the same is seen in their digest
 
 def parse(argv=None):
     """The settings, from a command line. Raises NesError on a flag that cannot be."""
@@ -205,7 +208,7 @@ def load(path):
 def check_settings(data, args):
     """Refuse a run folder of other settings, images or nes.py; else note the settings there."""
     path = Path(args.out) / "settings.json"
-    now = {"version": VERSION, "other images,": data.digest}
+    now = {"version": VERSION, "images": data.digest, "operations": NAMES}
     now |= {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in FREE}
     before = load(path) or now
     changed = [f"{k} {before.get(k)} (now {now[k]})" for k in now if before.get(k) != now[k]]
@@ -358,7 +361,7 @@ class Data:
     shape: tuple         # (C, H, W)
     crop: int = 0        # largest shift of a training image, pixels
     mirror: bool = False
-    digest: str = ""     # of all pixels and labels: a run folder notices that they were changed
+    digest: str = ""     # of pixels, labels and classes: a run folder notices a change
 
     def normalise(self, images):
         """(B, C, H, W) uint8 -> float, mean 0 and std 1 in each channel, channels_last."""
@@ -397,6 +400,7 @@ def load_data(dataset, data_dir="data", image_size=32, seed=0, device="cpu", cro
     else:
         train, test, classes = read_folder(Path(dataset), image_size)
     digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in (*train, *test)))
+    digest.update(json.dumps(classes).encode())
     order = torch.randperm(len(train[1]), generator=rng(seed, "splits"))
     splits, start = {"test": test}, 0
     for name, share in SHARES.items():
@@ -436,7 +440,10 @@ def read_image(path, shape):
     """An image file as (C, H, W) uint8, resized; shape: (C, H, W), one channel for grey."""
     steps = [v2.Resize(shape[1:]), *[v2.Grayscale()] * (shape[0] == 1), v2.PILToTensor()]
     try:
-        return v2.Compose(steps)(torchvision.datasets.folder.pil_loader(path))
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":  # which would become white
+                raise ValueError(f"its pixels are {image.mode}, not of 8 bits")
+            return v2.Compose(steps)(image.convert("RGB"))
     except Exception as error:  # a damaged image raises OSError, SyntaxError or ValueError
         fail(f"cannot read the image {path} ({error}): remove or replace it")
 
@@ -449,7 +456,8 @@ def read_folder(root, size):
              f"and test/<class>/* ({error})")
     classes = parts[0].classes
     if classes != parts[1].classes or len(classes) < 2:
-        fail(f"{root}/train and {root}/test must hold the same two or more classes")
+        fail(f"{root}/train and {root}/test must hold the same two or more classes, not {classes} "
+             f"and {parts[1].classes}")
     images = [torch.stack([read_image(path, (3, size, size)) for path, _ in part.samples])
               for part in parts]
     if all((x == x[:, :1]).all() for x in images):
@@ -481,8 +489,6 @@ def toy(count, *key):
 # is 0/1 with 16 ones, its entries: in each cell two inputs for each of 4 nodes, an operation each.
 # Architectures stay on the CPU, where a network asks which of their numbers are 0; they are few.
 
-NAMES = ["max_pool_3x3", "avg_pool_3x3", "skip_connect",
-         "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5"]
 KINDS = ("normal", "reduction")
 NODES = 4                                                                        # of a cell
 EDGES = [(source, node) for node in range(NODES) for source in range(node + 2)]  # 0, 1: its inputs
@@ -519,8 +525,8 @@ def count_operations(arch):
     return {name: count for name, count in zip(NAMES, counts) if count}
 
 def matched_entries(arch, base):
-    """How many of the 16 entries of finished architectures (..., 2, E, O) are the base's."""
-    return (arch * base).sum(dim=(-3, -2, -1)).long()
+    """How many entries of finished architectures (..., 2, E, O) are the base's (2, E, O)."""
+    return (arch * base).flatten(-base.dim()).sum(dim=-1).long()
 
 # ---- 5. The DARTS cell and the network -----------------------------------------------------------
 
@@ -551,7 +557,8 @@ def twice_separable(C, taps, stride, affine):
                          separable(C, taps, 1, affine))
 
 # DARTS's eight operations without "zero", which no finished architecture can hold:
-# (C, stride, affine) -> module. Those with parameters get relu(x), the others x, see MixedOp.
+# (C, stride, affine) -> module. Those with parameters get relu(x), the others x, see MixedOp. For
+# another operation add a line, and choose another --out: the shape of alpha follows.
 # Pooling's batch norm stays in a finished network, which so computes what the supernet did.
 OPERATIONS = {
     "max_pool_3x3": lambda C, stride, affine: nn.Sequential(
@@ -565,6 +572,8 @@ OPERATIONS = {
     "dil_conv_3x3": lambda C, stride, affine: separable(C, 3, stride, affine, dilation=2),
     "dil_conv_5x5": lambda C, stride, affine: separable(C, 5, stride, affine, dilation=2),
 }
+
+NAMES = list(OPERATIONS)
 
 class MixedOp(nn.Module):
     """The mixed operation of an edge (DARTS, eq. 2): sum over o of weights[o] * o(x).
@@ -698,15 +707,16 @@ def search_step(net, arch, penalty, w_batch, a_batch, w_optimizer, a_optimizer, 
     a_optimizer.step()
     return {"train": train_loss, "validation": loss, "penalty": torch.as_tensor(penalty)}
 
-def search_rounds(name, net, architecture, a_rate, steps, data, args, second_order=False):
-    """The loop of both searches: yields (step, take); take(arch, penalty) does a `search_step`.
+def search(name, net, logits, rate, steps, propose, data, args, second_order=False):
+    """The loop of both searches, resumable: in each step a batch of either split, `search_step`.
 
-    SGD for the weights and Adam for the module `architecture`, as in DARTS; the learning rates fall
-    as a cosine, alpha's (a_rate) too, without weight decay for it.
+    logits: the module with alpha's parameters; propose(step): (arch, penalty), differentiable in
+    them. SGD for the weights and Adam for the logits, as in DARTS; the learning rates fall as a
+    cosine, that of the logits (rate) too, without weight decay for them.
     """
     w_optimizer = torch.optim.SGD(net.parameters(), args.search_lr, 0.9, weight_decay=3e-4)
-    a_optimizer = torch.optim.Adam(architecture.parameters(), a_rate, (0.5, 0.999))
-    parts = {"net": net, "architecture": architecture, "w_optimizer": w_optimizer,
+    a_optimizer = torch.optim.Adam(logits.parameters(), rate, (0.5, 0.999))
+    parts = {"net": net, "architecture": logits, "w_optimizer": w_optimizer,
              "a_optimizer": a_optimizer}
     net.train()
     for step, losses in resumable(name, steps, parts, data, args):
@@ -714,20 +724,21 @@ def search_rounds(name, net, architecture, a_rate, steps, data, args, second_ord
                    for split in ("train", "validation")]
         for optimizer in (w_optimizer, a_optimizer):
             anneal(optimizer, (1 + math.cos(math.pi * step / steps)) / 2)
-        yield step, lambda arch, penalty=0.0: losses.update(search_step(
-            net, arch, penalty, *batches, w_optimizer, a_optimizer, second_order))
+        losses.update(search_step(net, *propose(step), *batches, w_optimizer, a_optimizer,
+                                  second_order))
 
 def base_search(name, data, args):
     """Step 1 of the method: DARTS trains a supernet and alpha; returns it and softmax(alpha)."""
     net = build((args.seed, name), data, args.search_channels, args.search_cells)
     alpha = 1e-3 * torch.randn(2, len(EDGES), len(NAMES), generator=rng(args.seed, name))
-    table = nn.ParameterDict({"alpha": alpha})
-    for _, take in search_rounds(name, net, table, args.alpha_lr, args.base_steps, data, args,
-                                 args.second_order):
-        take(table["alpha"].softmax(dim=-1))
-    return net, table["alpha"].detach().softmax(dim=-1)
+    logits = nn.ParameterDict({"alpha": alpha})
+    search(name, net, logits, args.alpha_lr, args.base_steps,
+           lambda step: (logits["alpha"].softmax(dim=-1), 0.0), data, args, args.second_order)
+    return net, logits["alpha"].detach().softmax(dim=-1)
 
 # ---- 7. The Jensen-Shannon divergence and the hypernetwork ---------------------------------------
+# Between finished architectures it is ln 2 times a share, which `diversity_loss` counts: with the
+# default objective JSd itself is reported, and evaluated in training by the paper's term alone.
 
 def jensen_shannon(p, q):
     """JSd(p, q) = 1/2 KL(p || m) + 1/2 KL(q || m), m = (p + q) / 2, over the last dimension, nats.
@@ -753,19 +764,20 @@ def divergence(arch, base):
     """
     none = lambda a: torch.cat([a, 1 - a.sum(dim=-1, keepdim=True)], dim=-1)  # (..., 2, E, O + 1)
     per_edge = jensen_shannon(none(arch), none(base)) * base.sum(dim=-1)
-    return per_edge.sum(dim=(-2, -1)) / base.sum()
+    return per_edge.flatten(1 - base.dim()).sum(dim=-1) / base.sum()
 
 def diversity_loss(arch, p, base, lam, strength=30.0):
     """c (share - lambda)^2: the term, added to L_val, that puts the hypernetwork at its lambda.
 
-    share = 1 - sum(base * (arch + p - stop_gradient(p))) / 16 = divergence(arch, base) / ln 2, with
-    arch = discretise(p), p (..., 2, E, O). Straight through: forward it counts entries, backward it
-    is linear in p at every entry of the base. (With arch * (1 + p - stop_gradient(p)), which serves
-    the network's losses, only operations already chosen would have a gradient, and the dial would
-    not move.) Departure from the paper, the default: with - lambda JSd each entry has a threshold,
-    and how many have crossed it depends on how long one trains. This form has a resting point.
+    share = 1 - sum(base * (arch + p - stop_gradient(p))) / sum(base), which is divergence(arch,
+    base) / ln 2; arch = discretise(p), p (..., 2, E, O), sum(base) = 16. Straight through: forward
+    it counts entries, backward it is linear in p at every entry of the base. (With the product
+    form, which serves L_val in `train_hypernetwork`, only operations already chosen would have a
+    gradient, and the dial would not move.) Departure from the paper, the default: with - lambda JSd
+    each entry has a threshold, and how many have crossed it depends on how long one trains. This
+    form has a resting point.
     """
-    share = 1 - (base * (arch + p - p.detach())).sum(dim=(-3, -2, -1)) / base.sum()
+    share = 1 - (base * (arch + p - p.detach())).flatten(-base.dim()).sum(dim=-1) / base.sum()
     return strength * (share - lam) ** 2
 
 def paper_diversity_loss(p, smoothed_base, lam):
@@ -798,7 +810,8 @@ class HyperNetwork(nn.Module):
     makes alpha jump at every pivot.
 
     start: (2, E, O) or any shape, the logits that every pivot begins with.
-    forward: lambda (...), numbers or a tensor, in [0, lambda_max] -> logits (..., 2, E, O).
+    forward: lambda (...), numbers or a tensor, in [0, lambda_max] -> logits (..., 2, E, O). Raises
+    ValueError outside.
     """
 
     def __init__(self, start, pivots=6, lambda_max=1.0):
@@ -808,6 +821,8 @@ class HyperNetwork(nn.Module):
 
     def forward(self, lam):
         lam = torch.as_tensor(lam, dtype=self.table.dtype, device=self.table.device)
+        if not ((0 <= lam) & (lam <= self.pivots[-1])).all():
+            raise ValueError(f"lambda is not between 0 and {self.pivots[-1]:g}: {lam}")
         k = torch.searchsorted(self.pivots, lam, right=True).clamp(1, len(self.pivots) - 1) - 1
         t = (lam - self.pivots[k]) / (self.pivots[k + 1] - self.pivots[k])
         t = t.view(*t.shape, *[1] * (self.table.dim() - 1))
@@ -840,8 +855,8 @@ def train_hypernetwork(net, base_p, data, args):
     base, paper = discretise(base_p), args.objective == "paper"
     start = smooth(base_p, PAPER_START if paper else TAU).log()
     hyper = HyperNetwork(start, args.pivots, args.lambda_max)
-    for step, take in search_rounds("hyper", net, hyper, args.hyper_lr, args.hyper_steps, data,
-                                    args):
+
+    def propose(step):
         generator = rng(args.seed, "hyper", step)
         lams = draw_lambdas(DRAWS, args.lambda_max, generator)
         logits = hyper(lams)                                                     # (DRAWS, 2, E, O)
@@ -851,7 +866,10 @@ def train_hypernetwork(net, base_p, data, args):
             penalty = paper_diversity_loss(logits.softmax(dim=-1), smooth(base_p, TAU), lams)
         else:
             penalty = diversity_loss(archs, p, base, lams, args.strength)
-        take(archs[0] * (1 + p[0] - p[0].detach()), penalty.mean())
+        # Forward archs[0], 0/1, and so one finished network; backward the gradient of p[0].
+        return archs[0] * (1 + p[0] - p[0].detach()), penalty.mean()
+
+    search("hyper", net, hyper, args.hyper_lr, args.hyper_steps, propose, data, args)
     return hyper
 
 # ---- 8. Sampling in one shot, and the lambda response: is lambda a dial? -------------------------
@@ -868,6 +886,14 @@ def sample_lambdas(count, lambda_max=1.0):
 def sample(hyper, lambdas):
     """Step 3 of the method: the finished architectures (M, 2, E, O) at M lambdas, a look-up."""
     return discretise(hyper(lambdas).softmax(dim=-1))
+
+def load_hypernetwork(folder):
+    """The HyperNetwork of a run folder: `sample` reads an architecture off it at any lambda."""
+    state = load(Path(folder) / "hyper.pt") or fail(f"{folder} holds no hyper.pt: run nes.py first")
+    kept = state["architecture"]
+    hyper = HyperNetwork(kept["table"][0], len(kept["pivots"]), kept["pivots"][-1].item())
+    hyper.load_state_dict(kept)
+    return hyper
 
 @torch.no_grad()
 def describe(hyper, base_p, lambdas):
@@ -908,12 +934,12 @@ CHANCE_ENTRIES = sum(2 * 2 * 2 / (node + 2) / len(NAMES) for node in range(NODES
 
 WARM_UP = 0.2  # the share of the steps in which the learning rate rises
 
-def train(name, net, epochs, key, data, args, architecture=lambda step: None):
+def train(name, net, epochs, key, data, args, arch_at=lambda step: None):
     """Train a network on all training images, resumably; one recipe for every method.
 
     AdamW, its learning rate rising over the first fifth of the steps and falling to zero over the
-    rest; the last weights are kept. key: names the batches' order; architecture(step): what `net`
-    is to run at a step, None for all that it holds. Returns its seconds and history.
+    rest; the last weights are kept. key: names the batches' order; arch_at(step): what `net` is to
+    run at a step, None for all that it holds. Returns its step, seconds and history.
     """
     optimizer = torch.optim.AdamW(net.parameters(), args.lr, (0.9, 0.99), fused=True,
                                   weight_decay=args.weight_decay)
@@ -924,11 +950,12 @@ def train(name, net, epochs, key, data, args, architecture=lambda step: None):
         # + 0.01, so that the first step is not lost
         anneal(optimizer, min(progress / WARM_UP + 0.01, (1 - progress) / (1 - WARM_UP)))
         x, y = data.batch("both", args.batch, step, key)
-        losses["train"] = F.cross_entropy(net(x, architecture(step)), y)
+        losses["train"] = F.cross_entropy(net(x, arch_at(step)), y)
         optimizer.zero_grad()
         losses["train"].backward()
         optimizer.step()
-    return {key: load_network(name, args)[key] for key in ("step", "seconds", "history")}
+    state = load_network(name, args)
+    return {part: state[part] for part in ("step", "seconds", "history")}
 
 @torch.no_grad()
 def predict(net, images, data):
@@ -969,7 +996,8 @@ def load_member(path):
     """
     state = load(path) or fail(f"there is no {path}: results.json names the file of each member")
     if not state.get("finished"):
-        fail(f"the network in {path} is not trained to the end: repeat the command that trains it")
+        fail(f"{path} is not trained to the end, or no file of members/ or one_shot/: repeat the "
+             "command that trains it, or choose one of these")
     net = Network(*state["network"])
     net.load_state_dict(state["net"])
     return net.eval(), Data({}, state["classes"], state["mean"], state["std"], state["shape"])
@@ -1020,7 +1048,7 @@ def one_shot(shared, arch, batches):
 def one_shot_name(arch):
     return f"one_shot/{fingerprint(arch)}"
 
-def score_one_shot(name, arch, data, args):
+def make_one_shot(name, arch, data, args):
     """Make an architecture's one-shot network and leave it in <out>/<name>.pt."""
     start = time.time()
     batches = (data.batch("train", 256, step, (args.seed, "recalibration"), augment=False)[0]
@@ -1034,7 +1062,8 @@ class Ensemble(nn.Module):
     """Step 4 of the method: p(y | x) = mean_m p_m(y | x).
 
     members: Networks; data: how they want to see images, as from `load_member`.
-    forward: images (B, *data.shape) uint8 -> probabilities (B, Y) of data.classes.
+    forward: images (B, *data.shape) uint8 -> probabilities (B, Y) of data.classes. Raises NesError
+    for others, such as floats in [0, 1], to which networks would answer nonsense.
     """
 
     def __init__(self, members, data):
@@ -1042,6 +1071,9 @@ class Ensemble(nn.Module):
         self.members, self.data = nn.ModuleList(members), data
 
     def forward(self, images):
+        if images.dtype != torch.uint8 or images.shape[1:] != self.data.shape:
+            fail(f"images must be uint8 and have the shape (B, C, H, W) with (C, H, W) = "
+                 f"{self.data.shape}, not {images.dtype} and {tuple(images.shape)}; see read_image")
         return torch.stack([predict(net, images, self.data) for net in self.members]).mean(dim=0)
 
 def load_ensemble(folder, one_shots=0):
@@ -1135,7 +1167,7 @@ POOL = 50  # samples of which "chosen" chooses
 def choose(pool, data, args):
     """The distinct ones of sampled architectures that help each other most in one shot.
 
-    By forward selection of NLL on the selection split, which `score_one_shot` has predicted.
+    By forward selection of NLL on the selection split, which `make_one_shot` has predicted.
     """
     distinct = {one_shot_name(arch): arch for arch in pool}
     probs = torch.stack([load_network(name, args)["selection"] for name in distinct])
@@ -1299,7 +1331,7 @@ def make_networks(base, hyper, data, args):
         say(f"\n{len(jobs)} networks, the shared weights included; what is there is not trained "
             "again")
         deal_out(jobs, data, args)
-        deal_out({name: (score_one_shot, arch) for name, arch in zip(shots, pool)}, data, args)
+        deal_out({name: (make_one_shot, arch) for name, arch in zip(shots, pool)}, data, args)
     return methods | {"ours, one-shot": shots[:args.samples],
                       f"one-shot of {args.one_shots}": shots[:args.one_shots]}
 

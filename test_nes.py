@@ -296,8 +296,12 @@ def test_the_diversity_term_is_the_jsd_of_the_finished_architecture_and_pushes_a
     assert nes.divergence(archs[20], base).item() == pytest.approx(math.log(2) * share[20].item())
     loss, over = nes.diversity_loss(archs, p, base, lams, 3.0), share - lams
     gradient, = torch.autograd.grad(loss.sum(), p)
-    assert torch.allclose(loss, 3 * over ** 2, atol=1e-5)  # next: at all entries of the base, chosen
+    assert torch.allclose(loss, 3 * over**2, atol=1e-5)  # next: at all entries of the base, chosen
     assert torch.allclose(gradient, 6 * over.view(-1, 1, 1, 1) * -base / 16, atol=1e-6)  # or not
+    slots = lambda tensor: tensor.flatten(-3, -2)  # lifted out, a base may have any dimensions
+    assert nes.diversity_loss(slots(archs), slots(p), slots(base), lams, 3.0).equal(loss)
+    assert nes.divergence(slots(archs), slots(base)).allclose(nes.divergence(archs, base))
+    assert nes.matched_entries(slots(archs), slots(base)).equal(kept)
 
 def test_hypernetwork_is_numpys_interpolation_and_trains_every_pivot():
     hyper, pivots = nes.HyperNetwork(torch.zeros(2, 14, 7), 5, 4.0), torch.arange(5.0)
@@ -487,6 +491,9 @@ def test_the_flags_that_no_other_test_gives(tmp_path):
 def test_reloaded_networks_predict_the_same_and_half_trained_ones_are_refused(finished, tmp_path):
     (out, results), images = finished, IMAGES["test"]
     members = [member["file"] for member in results["members"]]
+    dial, lambdas = nes.load_hypernetwork(out), [m["lambda"] for m in results["members"]]
+    genotypes = [member["genotype"] for member in results["members"]]
+    assert [*map(nes.genotype, nes.sample(dial, lambdas))] == genotypes
     for file in members:
         net, data = nes.load_member(out / file)  # no data set, no settings
         probs = net(data.normalise(images)).softmax(dim=-1)
@@ -502,8 +509,11 @@ def test_reloaded_networks_predict_the_same_and_half_trained_ones_are_refused(fi
             ("begun.pt is not trained to the end", nes.load_member, tmp_path / "begun.pt"),
             ("there is no .*none.pt", nes.load_member, tmp_path / "none.pt"),
             ("old.pt was written by another version", nes.load_member, tmp_path / "old.pt"),
-            ("finish that", nes.load_ensemble, tmp_path), ("-shots 4", nes.load_ensemble, out, 4)):
-        with pytest.raises(nes.NesError, match=words):
+            ("finish that", nes.load_ensemble, tmp_path), ("-shots 4", nes.load_ensemble, out, 4),
+            ("must be uint8", nes.load_ensemble(out), images / 255),
+            ("no hyper.pt", nes.load_hypernetwork, tmp_path), ("1: .*-0.1", dial, [0.5, -0.1]),
+            ("between 0 and 1", dial, 1.1), ("between 0 and 1", dial, math.nan)):
+        with pytest.raises((nes.NesError, ValueError), match=words):
             function(*arguments)
 
 def test_two_workers_give_what_one_gives_and_killed_at_any_moment_go_on(finished, tmp_path):
@@ -604,7 +614,10 @@ def test_folders_of_images_good_and_bad(bad, tmp_path):
     fine = ["--image-size", "16", "--out", f"{tmp_path}/fine", "--dataset"]
     run_tiny("", *fine, f"{tmp_path}/grey")
     shutil.copy(tmp_path / "grey/train/a/0.png", tmp_path / "grey/train/a/1.png")
-    bad([*fine, f"{tmp_path}/grey/"], f"{tmp_path}/fine", "other images")
+    bad([*fine, f"{tmp_path}/grey/"], f"{tmp_path}/fine", "with images")
+    deep = torchvision.transforms.functional.to_pil_image(torch.ones(1, 9, 12, dtype=torch.int16))
+    deep.save(tmp_path / "grey/train/a/6.png")
+    bad(["--dataset", f"{tmp_path}/grey"], "6.png", "not of 8 bits")
     (tmp_path / "grey/train/a/5.png").write_bytes(b"not a picture")
     bad(["--dataset", f"{tmp_path}/grey"], "5.png", "remove or replace")
 
@@ -646,6 +659,10 @@ def test_what_is_there_survives_errors_and_more_samples(bad, finished, tmp_path,
     nes.save(note, before[note].replace(b"version\": 3,", b"version\": 1,"))
     bad(here, "version 1 (now 3)")
     nes.save(note, before[note])
+    with monkeypatch.context() as patch:
+        patch.setattr(nes, "NAMES", nes.NAMES[::-1])
+        patch.setattr(nes, "TOY_CLASSES", nes.TOY_CLASSES[::-1])
+        bad(here, "images", "operations")
     (copied / member).unlink()
     assert without_times(run_tiny(copied, "--baselines", "all")) == without_times(finished[1])
     trained, train_member = [], nes.train_member

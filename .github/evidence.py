@@ -232,7 +232,7 @@ def trained_and_in_one_shot(folder, rows, data, args):
         arch = nes.load(folder / next(iter(networks)))["network"][4]
         name = nes.one_shot_name(arch)
         if not (folder / f"{name}.pt").exists():
-            nes.score_one_shot(name, arch, data, args)
+            nes.make_one_shot(name, arch, data, args)
         scores = nes.member_metrics(nes.load(folder / f"{name}.pt")["selection"],
                                     data.splits["selection"][1])
         found.append((mean(row["accuracy"] for row in networks.values()), scores["accuracy"],
