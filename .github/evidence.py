@@ -190,13 +190,18 @@ def uncertainty_rows(folder, rows, labels, foreign):
 
 
 def uncertainty_table(rows):
-    lines = [["method", "seeds", "AUROC", "of its members alone, mean",
-              "errors among the 10 % least certain, %"]]
+    """A line a method; the differences to one network are paired by seed."""
+    lines = [["method", "seeds", "AUROC", "of its members alone, mean", "minus one network",
+              "errors among the 10 % least certain, %", "minus one network, points"]]
+    single = {row["seed"]: row for row in rows if row["method"] == "single"}
     for (method,), seeds in by(rows, "method").items():
         of = lambda key, scale, places: report.mean_std(
             [scale * float(row[key]) for row in seeds], places)
+        minus = lambda key, scale, places: report.mean_interval(
+            [scale * (float(row[key]) - float(single[row["seed"]][key])) for row in seeds], places)
         lines.append([method, str(len(seeds)), of("auroc", 1, 3), of("auroc_of_one", 1, 3),
-                      of("errors_least_certain", 100, 1)])
+                      minus("auroc", 1, 3), of("errors_least_certain", 100, 1),
+                      minus("errors_least_certain", 100, 1)])
     return report.markdown(lines)
 
 
