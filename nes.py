@@ -857,6 +857,7 @@ def train_hypernetwork(net, base_p, data, args):
     hyper = HyperNetwork(start, args.pivots, args.lambda_max)
 
     def propose(step):
+        """A finished architecture at a fresh lambda, and the diversity term of it and 15 more."""
         generator = rng(args.seed, "hyper", step)
         lams = draw_lambdas(DRAWS, args.lambda_max, generator)
         logits = hyper(lams)                                                     # (DRAWS, 2, E, O)
