@@ -695,7 +695,7 @@ def test_the_tutorial_was_saved_as_it_ran():
     assert all(output.output_type in ("stream", "display_data") for output in outputs)
     assert sum("image/png" in output.get("data", ()) for output in outputs) >= 20
     lines = [cell.source.split("\n") for cell in code]
-    assert max(map(len, lines)) <= 20 and max(map(len, sum(lines, []))) <= 100
+    assert max(map(len, lines)) <= 15 and max(map(len, sum(lines, []))) <= 100
     assert TUTORIAL.stat().st_size < 3e6
 
 @pytest.fixture(scope="module", autouse=True)

@@ -120,8 +120,13 @@ def compute_rows(folder, rows, labels, epochs, shared_epochs):
 
 
 def compute_points(rows):
-    """method -> its points (networks, epochs, with the search, accuracy in %, NLL, seeds)."""
-    points = {}
+    """method -> its points (networks, epochs, with the search, accuracy in %, NLL, seeds).
+
+    Means over the seeds that have all points, so that no point has luckier seeds than another.
+    """
+    points, choices = {}, by(rows, "method", "epochs").values()
+    seeds = set.intersection(*({row["seed"] for row in here} for here in choices))
+    rows = [row for row in rows if row["seed"] in seeds]
     for (method, spent), here in by(rows, "method", "epochs").items():
         of = lambda key: mean(row[key] for row in here)
         points.setdefault(method, []).append((
@@ -140,7 +145,7 @@ def compute_table(rows):
 
 
 def plot_compute(rows, path):
-    """Accuracy and NLL against epochs, mean of the seeds that have the point."""
+    """Accuracy and NLL against epochs, mean of the seeds that have all points."""
     figure = Figure((10, 4), layout="constrained")
     titles = ("test accuracy, %", "NLL, nats")
     for axis, column, title in zip(figure.subplots(1, 2), (3, 4), titles):

@@ -28,14 +28,17 @@ for seed in 0 1; do
     --workers 1 --out "$out/epochs-20-$seed" &
 done
 wait
-for seed in 0 1 2 3 4; do main $seed single deep perturbed chosen random; done
-for seed in 0 1 2; do main $seed single deep perturbed chosen random nes-rs darts; done
+dial() {                   # the dial after half and twice the steps, and with the paper's objective
+  OMP_NUM_THREADS=1 python "$(dirname "$0")/ablation.py" --without default --seeds 0 1 2 3 4 \
+    --out "$out/dial-$1" --flags="$2"
+}
+dial twice --hyper-steps,2000 &
+dial half --hyper-steps,500
+dial paper --objective,paper,--lambda-max,4
+wait
 for seed in 0 1 2; do      # another data set
   nes --dataset "$cifar" --samples 3 --epochs 6 --shared-epochs 6 --crop 4 --mirror --seed $seed \
     --baselines single deep perturbed --out "$out/cifar10-$seed"
 done
-dial() { python "$(dirname "$0")/ablation.py" --without default --out "$out/dial-$1" --flags="$2" \
-  --seeds 0 1 2 3 4; }
-dial half --hyper-steps,500
-dial twice --hyper-steps,2000
-dial paper --objective,paper,--lambda-max,4
+for seed in 0 1 2 3 4; do main $seed single deep perturbed chosen random; done
+for seed in 0 1 2; do main $seed single deep perturbed chosen random nes-rs darts; done
