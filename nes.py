@@ -1479,6 +1479,7 @@ class DepthwiseGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
+        """dL/dx and, where w learns, dL/dw, as above; g (B, C, H', W') is dL/d(output)."""
         (x, w), s, d = ctx.saved_tensors, ctx.stride, ctx.dilation
         (B, C, H, W), k = x.shape, w.shape[-1]
         p = d * (k // 2)
