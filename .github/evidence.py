@@ -275,9 +275,8 @@ def question_rows(rows, found):
 def question_table(rows):
     lines = [["", "seeds", "mean and 95 % interval"]]
     for (question,), seeds in by(rows, "question").items():
-        values = [float(row["value"]) for row in seeds]
-        lines.append([question, str(len(seeds)), report.mean_interval(values, 2) if len(values) > 1
-                      else f"{values[0]:+.2f}"])
+        lines.append([question, str(len(seeds)),
+                      report.mean_interval([float(row["value"]) for row in seeds], 2)])
     return report.markdown(lines)
 
 

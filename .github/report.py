@@ -55,8 +55,10 @@ def mean_std(values, places):
 
 
 def mean_interval(values, places):
-    """Mean and 95 % interval of paired differences."""
+    """Mean and 95 % interval of paired differences; one alone has no interval."""
     mean = statistics.mean(values)
+    if len(values) == 1:
+        return f"{mean:+.{places}f}"
     half = T_975[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
     return f"{mean:+.{places}f} [{mean - half:+.{places}f}, {mean + half:+.{places}f}]"
 
