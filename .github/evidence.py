@@ -8,6 +8,7 @@ DIR, CIFAR: as for evidence.sh. Writes beside itself, a file a run and one for e
     ledger/dial.csv          matched entries against lambda, of each search
     ledger/compute.csv       scores against epochs of training spent, and compute.png, its picture
     ledger/uncertainty.csv   does the entropy of the prediction tell what is wrong, or foreign?
+    ledger/architectures.csv each trained architecture: accuracy trained, and in one shot
     ledger/questions.csv     a number a seed for each question of results.md
 """
 import argparse
@@ -33,6 +34,10 @@ def read(path):
 def write(path, rows):
     nes.save(path, nes.ledger(rows))
     print(f"{path.name}: {len(rows)} rows", flush=True)
+
+
+def settings_of(folder):
+    return json.loads((folder / "results.json").read_text())["settings"]
 
 
 def probabilities(folder, files, split="test"):
@@ -95,14 +100,21 @@ def dial_table(rows):
 CORES = 2  # of the machine: the search used both of them, a network one
 
 
-def compute_rows(folder, rows, labels, epochs, shared_epochs):
+def seconds_an_epoch(folder):
+    """Of a member of ours, mean. Of the main run also for the runs that were trained for longer:
+    they share its search, and the machine was not always as free as when it ran."""
+    rows, settings = read(folder / "ledger.csv"), settings_of(folder)
+    return mean(row["seconds"] for row in rows
+                if row["method"] == "ours" and row["seconds"]) / settings["epochs"]
+
+
+def compute_rows(folder, rows, labels, epochs, shared_epochs, epoch_seconds):
     """Scores of the ensembles that a run's networks make, with the epochs of training they cost.
 
     search_epochs: the seconds of the search that the method needs, in epochs of a member.
     """
     search = {row["method"]: CORES * float(row["search_seconds"]) for row in rows
               if row["index"] == "ensemble"}
-    seconds = mean(row["seconds"] for row in rows if row["method"] == "ours" and row["seconds"])
     shots = next(method for method in search if method.startswith("one-shot"))
     choices = [("one network", "single", 1, epochs)]
     choices += [("deep ensemble", "deep", count, count * epochs) for count in (2, 3, 5)]
@@ -114,7 +126,7 @@ def compute_rows(folder, rows, labels, epochs, shared_epochs):
         if len(files) == count:
             found.append({"seed": rows[0]["seed"], "method": title, "networks": count,
                           "epochs": spent,
-                          "search_epochs": round(search[method] / seconds * epochs, 2),
+                          "search_epochs": round(search[method] / epoch_seconds, 2),
                           **nes.ensemble_metrics(probabilities(folder, files), labels)})
     return found
 
@@ -141,6 +153,29 @@ def compute_table(rows):
     lines += [[method, str(networks), f"{spent:.0f}", f"{total:.1f}", f"{accuracy:.2f}",
                f"{nll:.4f}", str(seeds)] for method, points in compute_points(rows).items()
               for networks, spent, total, accuracy, nll, seeds in points]
+    return report.markdown(lines)
+
+
+COMPARED = [("ours", spent, "deep ensemble", spent) for spent in (10, 15, 25)]
+COMPARED += [(method, 15, "one network", spent) for method in ("ours", "deep ensemble")
+             for spent in (8, 12, 20)]
+COMPARED += [("ours, one shot of 20", 12, "one network", 12)]
+
+
+def compared_table(rows):
+    """Differences between points, paired by seed, over all seeds that have both."""
+    lines = [["difference", "seeds", "accuracy, points", "NLL"]]
+    points = {(row["method"], int(row["epochs"]), row["seed"]): row for row in rows}
+    for method, spent, other, other_spent in COMPARED:
+        pairs = [(row, points[other, other_spent, seed]) for (name, epochs, seed), row
+                 in points.items() if (name, epochs) == (method, spent)
+                 and (other, other_spent, seed) in points]
+        if not pairs:
+            continue
+        minus = lambda key, scale: [scale * (float(a[key]) - float(b[key])) for a, b in pairs]
+        lines.append([f"{method}, {spent} epochs, minus {other}, {other_spent}", str(len(pairs)),
+                      report.mean_interval(minus("accuracy", 100), 2),
+                      report.mean_interval(minus("nll", 1), 4)])
     return report.markdown(lines)
 
 
@@ -171,10 +206,20 @@ def entropy(probs):
     return torch.special.entr(probs.double().mean(dim=0)).sum(dim=-1)
 
 
-def least_certain_errors(probs, labels, share=0.1):
-    """The share of errors among the `share` of the images whose prediction has most entropy."""
-    order = entropy(probs).argsort(descending=True)[:int(share * len(labels))]
-    return (probs.mean(dim=0).argmax(dim=-1) != labels)[order].double().mean().item()
+def errors_by_certainty(probs, labels, share=0.1):
+    """Of the `share` of the images whose prediction has most entropy: (how many of them are wrong,
+    how many of all wrong ones are among them, how many of the other images are wrong), shares."""
+    order = entropy(probs).argsort(descending=True)
+    wrong = (probs.mean(dim=0).argmax(dim=-1) != labels)[order].double()
+    unsure, rest = wrong.tensor_split([int(share * len(labels))])
+    return [value.item() for value in (unsure.mean(), unsure.sum() / wrong.sum(), rest.mean())]
+
+
+# column -> (title, scale, digits)
+UNCERTAINTY = {"auroc": ("AUROC", 1, 3), "auroc_of_one": ("of its members alone, mean", 1, 3),
+               "errors_least_certain": ("errors among the 10 % least certain, %", 100, 1),
+               "errors_caught": ("their part of all errors, %", 100, 1),
+               "errors_rest": ("errors among the other 90 %, %", 100, 2)}
 
 
 def uncertainty_rows(folder, rows, labels, foreign):
@@ -188,26 +233,35 @@ def uncertainty_rows(folder, rows, labels, foreign):
         files = files_of(rows, method)
         own, other = probabilities(folder, files), torch.stack([predicted[file] for file in files])
         alone = [auroc(entropy(a[None]), entropy(b[None])) for a, b in zip(own, other)]
+        values = [auroc(entropy(own), entropy(other)), mean(alone),
+                  *errors_by_certainty(own, labels)]
         found.append({"seed": rows[0]["seed"], "method": method, "networks": len(files),
-                      "auroc": auroc(entropy(own), entropy(other)), "auroc_of_one": mean(alone),
-                      "errors_least_certain": least_certain_errors(own, labels)})
+                      **dict(zip(UNCERTAINTY, values))})
     return found
 
 
 def uncertainty_table(rows):
-    """A line a method; the differences to one network are paired by seed."""
-    lines = [["method", "seeds", "AUROC", "of its members alone, mean", "minus one network",
-              "errors among the 10 % least certain, %", "minus one network, points"]]
-    single = {row["seed"]: row for row in rows if row["method"] == "single"}
-    for (method,), seeds in by(rows, "method").items():
-        of = lambda key, scale, places: report.mean_std(
-            [scale * float(row[key]) for row in seeds], places)
-        minus = lambda key, scale, places: report.mean_interval(
-            [scale * (float(row[key]) - float(single[row["seed"]][key])) for row in seeds], places)
-        lines.append([method, str(len(seeds)), of("auroc", 1, 3), of("auroc_of_one", 1, 3),
-                      minus("auroc", 1, 3), of("errors_least_certain", 100, 1),
-                      minus("errors_least_certain", 100, 1)])
-    return report.markdown(lines)
+    """A line a method, over its seeds; then differences, paired by seed."""
+    methods = {method: {row["seed"]: row for row in found}
+               for (method,), found in by(rows, "method").items()}
+    titles = [title for title, _, _ in UNCERTAINTY.values()]
+    text = [report.markdown([["method", "seeds", *titles]] + [
+        [method, str(len(seeds)), *(
+            report.mean_std([scale * float(row[key]) for row in seeds.values()], places)
+            for key, (_, scale, places) in UNCERTAINTY.items())]
+        for method, seeds in methods.items()])]
+    compared = {key: UNCERTAINTY[key] for key in ("auroc", "errors_caught", "errors_rest")}
+    for other in ("single", "deep", "perturbed"):
+        lines = [[f"minus {other}", "seeds", *(title for title, _, _ in compared.values())]]
+        for method, seeds in methods.items():
+            minus = lambda key, scale: [
+                scale * (float(row[key]) - float(methods[other][seed][key]))
+                for seed, row in seeds.items()]
+            lines += [[method, str(len(seeds)), *(
+                report.mean_interval(minus(key, scale), places)
+                for key, (_, scale, places) in compared.items())]] * (method != other)
+        text.append(report.markdown(lines))
+    return "\n\n".join(text)
 
 
 def foreign_images(root, shape, count=5000):
@@ -230,45 +284,57 @@ def rank_correlation(x, y):
     return torch.corrcoef(torch.stack([ranks(x), ranks(y)]))[0, 1].item()
 
 
-def trained_and_in_one_shot(folder, rows, data, args):
-    """For each trained architecture (trained accuracy on test, one-shot accuracy on selection,
-    whether it was sampled); of several networks of one architecture the mean is taken."""
+def architecture_rows(folder, rows, data, args):
+    """A row for each trained architecture: its accuracy trained, on test (of several networks the
+    mean), and in one shot, on selection; the methods that have it."""
     trained = {}
     for row in rows:
         if row["file"].startswith("members"):
-            trained.setdefault(row["genotype"], {})[row["file"]] = row
+            trained.setdefault(row["genotype"], []).append(row)
     found = []
-    for networks in trained.values():
-        arch = nes.load(folder / next(iter(networks)))["network"][4]
+    for here in trained.values():
+        networks = {row["file"]: row["accuracy"] for row in here}
+        arch = nes.load(folder / here[0]["file"])["network"][4]
         name = nes.one_shot_name(arch)
         if not (folder / f"{name}.pt").exists():
             nes.make_one_shot(name, arch, data, args)
         scores = nes.member_metrics(nes.load(folder / f"{name}.pt")["selection"],
                                     data.splits["selection"][1])
-        found.append((mean(row["accuracy"] for row in networks.values()), scores["accuracy"],
-                      any(row["method"] in ("ours", "chosen") for row in networks.values())))
+        found.append({"seed": rows[0]["seed"], "architecture": Path(name).name,
+                      "methods": " ".join(dict.fromkeys(row["method"] for row in here)),
+                      "networks": len(networks), "trained_test": mean(networks.values()),
+                      "one_shot_selection": scores["accuracy"]})
     return found
 
 
+def one_shot_tells(found):
+    """Rank correlation of accuracy in one shot and trained, of rows of `architecture_rows`."""
+    return rank_correlation([float(row["one_shot_selection"]) for row in found],
+                            [float(row["trained_test"]) for row in found])
+
+
 def question_rows(rows, found):
-    """question -> its number, of one seed; found: of `trained_and_in_one_shot`."""
+    """question -> its number, of one seed; found: of `architecture_rows`."""
     ensembles = {row["method"]: row for row in rows if row["index"] == "ensemble"}
-    members = {method: [row for row in rows if row["method"] == method and row["lambda"]]
-               for method in ("ours", "one-shot of 50")}
-    slope = lambda chosen: 100 * statistics.linear_regression(
-        [float(row["lambda"]) for row in chosen], [float(row["accuracy"]) for row in chosen]).slope
+
+    def slope(method, key):
+        chosen = [row for row in rows if row["method"] == method and row["lambda"]]
+        return 100 * statistics.linear_regression(
+            [float(row["lambda"]) for row in chosen], [float(row[key]) for row in chosen]).slope
     numbers = {f"{a} minus {b}, points": 100 * (float(ensembles[a]["accuracy"])
                                                - float(ensembles[b]["accuracy"]))
                for a, b in PAIRS if a in ensembles and b in ensembles}
-    numbers["one-shot (selection) and trained (test) accuracy, rank correlation"] = (
-        rank_correlation(*zip(*[pair[:2] for pair in found])))
-    numbers["the same, of the sampled architectures alone"] = (
-        rank_correlation(*zip(*[pair[:2] for pair in found if pair[2]])))
-    numbers["trained accuracy, from lambda = 0 to 1, points"] = slope(members["ours"])
-    numbers["one-shot accuracy, from lambda = 0 to 1, points"] = slope(members["one-shot of 50"])
+    tells = "one-shot (selection) and trained (test) accuracy, rank correlation, "
+    numbers[tells + "ours"] = one_shot_tells(
+        [row for row in found if "ours" in row["methods"].split()])
+    numbers[tells + "all trained"] = one_shot_tells(found)
+    for title, method, key in (("trained accuracy", "ours", "accuracy"),
+                               ("one-shot accuracy", "one-shot of 50", "accuracy"),
+                               ("the same on selection", "one-shot of 50", "selection_accuracy")):
+        numbers[f"{title}, slope from lambda = 0 to 1, points"] = slope(method, key)
     numbers["search of ours, in base searches"] = (
         float(ensembles["ours"]["search_seconds"]) / float(ensembles["deep"]["search_seconds"]))
-    return [{"seed": rows[0]["seed"], "question": name, "value": value, "architectures": len(found)}
+    return [{"seed": rows[0]["seed"], "question": name, "value": value}
             for name, value in numbers.items()]
 
 
@@ -306,16 +372,17 @@ def tables():
     if cifar:
         found["CIFAR-10"] = report.report(cifar)
     for name, make in (("dial", dial_table), ("compute", compute_table),
-                       ("uncertainty", uncertainty_table), ("questions", question_table)):
+                       ("compute", compared_table), ("uncertainty", uncertainty_table),
+                       ("questions", question_table)):
         if rows := read(saved / f"{name}.csv"):
-            found[name] = make(rows)
+            found[name if name not in found else f"{name}, paired"] = make(rows)
     return found
 
 
 def collect(out, cifar):
     """Write the CSV files and the picture from the run folders that are finished."""
     out, saved, foreign = Path(out), HERE / "ledger", None
-    dials, compute, uncertain, questions = [], [], [], []
+    dials, compute, uncertain, architectures, questions = [], [], [], [], []
     for folder in sorted(out.glob("*-*")):
         if (folder / "ablation.csv").exists() or (folder / "results.json").exists():
             dials += dial_rows(folder) * (not folder.name.startswith("epochs"))
@@ -324,19 +391,21 @@ def collect(out, cifar):
         # a folder of images by its name alone: where it was says nothing to others
         rows = [row | {"dataset": Path(row["dataset"]).name} for row in read(folder / "ledger.csv")]
         write(saved / f"{folder.name}.csv", rows)
-        settings = json.loads((folder / "results.json").read_text())["settings"]
+        settings = settings_of(folder)
         args = argparse.Namespace(**settings | {"out": str(folder)})
         if args.dataset != "fmnist":
             continue
         data = nes.load_data("fmnist", str(HERE.parent / "data"), seed=args.seed)
         labels = data.splits["test"][1]
-        compute += compute_rows(folder, rows, labels, args.epochs, args.shared_epochs)
+        compute += compute_rows(folder, rows, labels, args.epochs, args.shared_epochs,
+                                seconds_an_epoch(out / f"fmnist-{args.seed}"))
         if folder.name.startswith("fmnist"):
             foreign = foreign_images(cifar, data.shape) if foreign is None else foreign
             uncertain += uncertainty_rows(folder, rows, labels, foreign)
-            questions += question_rows(rows, trained_and_in_one_shot(folder, rows, data, args))
+            architectures += (found := architecture_rows(folder, rows, data, args))
+            questions += question_rows(rows, found)
     for name, rows in (("dial", dials), ("compute", compute), ("uncertainty", uncertain),
-                       ("questions", questions)):
+                       ("architectures", architectures), ("questions", questions)):
         write(saved / f"{name}.csv", rows)
     plot_compute(compute, HERE / "compute.png")
 

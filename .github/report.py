@@ -17,8 +17,12 @@ from pathlib import Path
 TITLES = {"accuracy": "accuracy, %", "nll": "NLL", "brier": "Brier", "ece": "ECE",
           "oracle_accuracy": "oracle, %", "disagreement": "disagree, %",
           "predictive_jsd": "pred. JSd", "member_mean": "mean member, %",
-          "member_best": "best member, %", "networks": "networks", "search_seconds": "search, s",
+          "member_best": "best member (on test), %",
+          "networks": "networks", "search_seconds": "search, s",
           "training_seconds": "training, s"}
+DIFFERENCES = {"accuracy": "accuracy, points", "nll": "NLL", "ece": "ECE",
+               "disagreement": "disagree, points", "predictive_jsd": "pred. JSd",
+               "member_mean": "mean member, points"}
 # The 97.5 % quantile of Student's t for 1 to 9 degrees of freedom
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -78,8 +82,8 @@ def report(folders):
         for other in [name for name in ("deep", "perturbed") if name in methods]:
             minus = lambda name, key: mean_interval(
                 [a - b for a, b in zip(methods[name][key], methods[other][key])], digits(key))
-            text.append(markdown([[f"minus {other}", "accuracy, points", "NLL"]] + [
-                [name, minus(name, "accuracy"), minus(name, "nll")]
+            text.append(markdown([[f"minus {other}", *DIFFERENCES.values()]] + [
+                [name, *(minus(name, key) for key in DIFFERENCES)]
                 for name in methods if name != other]))
     return "\n\n".join(text)
 

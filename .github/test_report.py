@@ -3,6 +3,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def test_means_and_intervals_paired_by_seed(tmp_path):
     text = report.report(runs)
     assert "| ours | 87.00 +- 4.58 | 0.1300 +- 0.0458 |" in text
     # 4.303 * 1 / sqrt(3) = 2.484
-    assert "| ours | +2.00 [-0.48, +4.48] | -0.0200 [-0.0448, +0.0048] |" in text
+    assert "| ours | +2.00 [-0.48, +4.48] | -0.0200 [-0.0448, +0.0048] | " in text
     assert report.report([run / "ledger.csv" for run in runs]) == text
     other = write_run(tmp_path / "other", 3, {"deep": 0.9, "ours": 0.9}, **{"--epochs": 2})
     for wrong, words in ((runs[:2] + runs[:1], "different seeds"), (runs + [other],
@@ -44,8 +45,10 @@ def test_uncertainty_by_hand():
     # of six pairs three are larger outside, one is equal
     assert evidence.auroc(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([2.0, 3.0])) == 3.5 / 6
     sure, torn = [0.9, 0.1], [0.4, 0.6]
-    probs, labels = torch.tensor([[sure, torn, sure, torn]]), torch.tensor([0, 1, 1, 0])
-    assert evidence.least_certain_errors(probs, labels, 0.5) == 0.5   # second, last
+    probs = torch.tensor([[sure, torn, sure, torn, sure, sure, torn]])
+    # of the three torn one is wrong, and one of the four sure ones
+    assert evidence.errors_by_certainty(probs, torch.tensor([0, 1, 1, 0, 0, 0, 1]), 3 / 7) == [
+        pytest.approx(1 / 3), 1 / 2, 1 / 4]
     assert torch.allclose(evidence.entropy(probs)[0], torch.tensor(
         -0.9 * math.log(0.9) - 0.1 * math.log(0.1)).double())
 
@@ -56,18 +59,48 @@ def test_questions_by_hand():
     ensembles = [{"method": method, "index": "ensemble", "accuracy": accuracy, "lambda": "",
                   "search_seconds": seconds, "seed": 3} for method, accuracy, seconds in (
         ("ours", "0.93", "120"), ("deep", "0.92", "60"), ("perturbed", "0.935", "60"))]
-    members = [{"method": method, "index": i, "lambda": lam, "accuracy": accuracy}
+    members = [{"method": method, "index": i, "lambda": lam, "accuracy": accuracy,
+                "selection_accuracy": 0.9}
                for method, rise in (("ours", -0.02), ("one-shot of 50", 0.01))
                for i, (lam, accuracy) in enumerate((x, 0.9 + rise * x) for x in (0.0, 0.4, 0.8))]
-    found = [(0.91, 0.80, True), (0.92, 0.81, True), (0.93, 0.70, False)]
+    found = [{"methods": methods, "trained_test": trained, "one_shot_selection": shot}
+             for methods, trained, shot in (("ours single perturbed", 0.91, 0.80),
+                                            ("ours", 0.92, 0.81), ("perturbed", 0.93, 0.70))]
     rows = evidence.question_rows(ensembles + members, found)
     assert {row["question"]: round(row["value"], 9) for row in rows} == {
         "ours minus perturbed, points": -0.5, "ours minus deep, points": 1,
-        "one-shot (selection) and trained (test) accuracy, rank correlation": -0.5,
-        "the same, of the sampled architectures alone": 1,
-        "trained accuracy, from lambda = 0 to 1, points": -2,
-        "one-shot accuracy, from lambda = 0 to 1, points": 1,
+        "one-shot (selection) and trained (test) accuracy, rank correlation, ours": 1,
+        "one-shot (selection) and trained (test) accuracy, rank correlation, all trained": -0.5,
+        "trained accuracy, slope from lambda = 0 to 1, points": -2,
+        "one-shot accuracy, slope from lambda = 0 to 1, points": 1,
+        "the same on selection, slope from lambda = 0 to 1, points": 0,
         "search of ours, in base searches": 2}
+
+
+def test_an_architecture_belongs_to_every_method_that_has_it(tmp_path):
+    arch = nes.random_architecture(0)
+    for file in ("members/a-0.pt", "members/a-1.pt"):
+        nes.save(tmp_path / file, {"network": [None, None, None, None, arch]})
+    nes.save(tmp_path / f"{nes.one_shot_name(arch)}.pt",
+             {"selection": torch.tensor([[0.9, 0.1], [0.9, 0.1]])})
+    data = SimpleNamespace(splits={"selection": (None, torch.tensor([0, 1]))})
+    rows = [{"seed": "0", "method": method, "file": file, "genotype": "g", "accuracy": accuracy}
+            for method, file, accuracy in (("ours", "members/a-0.pt", "0.91"),
+                                           ("deep", "members/a-0.pt", "0.91"),
+                                           ("deep", "members/a-1.pt", "0.93"))]
+    row, = evidence.architecture_rows(tmp_path, rows, data, None)
+    assert (row["methods"], row["networks"]) == ("ours deep", 2)
+    assert row["trained_test"] == pytest.approx(0.92) and row["one_shot_selection"] == 0.5
+
+
+def test_compared_points_are_paired_by_seed():
+    points = [("ours", 10, 0, 0.93), ("ours", 10, 1, 0.94), ("ours", 10, 2, 0.50),
+              ("deep ensemble", 10, 1, 0.93), ("deep ensemble", 10, 0, 0.91)]
+    rows = [{"method": method, "epochs": str(epochs), "seed": str(seed), "accuracy": accuracy,
+             "nll": 1 - accuracy} for method, epochs, seed, accuracy in points]
+    # 2 and 1 points; half of the interval 12.706 * .7071 / sqrt(2)
+    assert ("| ours, 10 epochs, minus deep ensemble, 10 | 2 | +1.50 [-4.85, +7.85] | "
+            in evidence.compared_table(rows))
 
 
 def test_the_tables_of_results_are_those_of_the_ledgers():
