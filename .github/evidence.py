@@ -330,7 +330,8 @@ def question_rows(rows, found):
     numbers[tells + "all trained"] = one_shot_tells(found)
     for title, method, key in (("trained accuracy", "ours", "accuracy"),
                                ("one-shot accuracy", "one-shot of 50", "accuracy"),
-                               ("the same on selection", "one-shot of 50", "selection_accuracy")):
+                               ("one-shot accuracy on selection", "one-shot of 50",
+                                "selection_accuracy")):
         numbers[f"{title}, slope from lambda = 0 to 1, points"] = slope(method, key)
     numbers["search of ours, in base searches"] = (
         float(ensembles["ours"]["search_seconds"]) / float(ensembles["deep"]["search_seconds"]))
@@ -371,11 +372,12 @@ def tables():
         found["the seeds with all baselines"] = report.report(some)
     if cifar:
         found["CIFAR-10"] = report.report(cifar)
-    for name, make in (("dial", dial_table), ("compute", compute_table),
-                       ("compute", compared_table), ("uncertainty", uncertainty_table),
-                       ("questions", question_table)):
+    for title, name, make in (("dial", "dial", dial_table), ("compute", "compute", compute_table),
+                              ("compute, paired", "compute", compared_table),
+                              ("uncertainty", "uncertainty", uncertainty_table),
+                              ("questions", "questions", question_table)):
         if rows := read(saved / f"{name}.csv"):
-            found[name if name not in found else f"{name}, paired"] = make(rows)
+            found[title] = make(rows)
     return found
 
 

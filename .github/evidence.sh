@@ -22,11 +22,12 @@ for seed in 0 1; do        # equal compute: one network, and shared weights, for
       --out "$out/epochs-$epochs-$seed"
   done
 done
-for seed in 0 1; do
-  with_search_of "$out/fmnist-$seed" "$out/epochs-20-$seed"
-  OMP_NUM_THREADS=1 nes --samples 1 --baselines single --epochs 20 --shared-epochs 0 --seed $seed \
-    --workers 1 --out "$out/epochs-20-$seed" &
-done
+longer() {                 # one network alone, for longer: longer EPOCHS SEED
+  with_search_of "$out/fmnist-$2" "$out/epochs-$1-$2"
+  OMP_NUM_THREADS=1 nes --samples 1 --baselines single --epochs $1 --shared-epochs 0 --seed $2 \
+    --workers 1 --out "$out/epochs-$1-$2"
+}
+for seed in 0 1; do longer 20 $seed & done
 wait
 dial() {                   # the dial after half and twice the steps, and with the paper's objective
   OMP_NUM_THREADS=1 python "$(dirname "$0")/ablation.py" --without default --seeds 0 1 2 3 4 \
@@ -42,12 +43,7 @@ for seed in 0 1 2; do      # another data set
 done
 for seed in 0 1 2 3 4; do main $seed single deep perturbed chosen random; done
 for seed in 0 1 2; do main $seed single deep perturbed chosen random nes-rs darts; done
-longer() {                 # one network for longer, on the other seeds too
-  with_search_of "$out/fmnist-$2" "$out/epochs-$1-$2"
-  OMP_NUM_THREADS=1 nes --samples 1 --baselines single --epochs $1 --shared-epochs 0 --seed $2 \
-    --workers 1 --out "$out/epochs-$1-$2"
-}
-for seed in 2 3 4; do
+for seed in 2 3 4; do      # one network for longer, on the other seeds too
   longer 20 $seed &
   longer 8 $seed
   longer 12 $seed

@@ -73,7 +73,7 @@ def test_questions_by_hand():
         "one-shot (selection) and trained (test) accuracy, rank correlation, all trained": -0.5,
         "trained accuracy, slope from lambda = 0 to 1, points": -2,
         "one-shot accuracy, slope from lambda = 0 to 1, points": 1,
-        "the same on selection, slope from lambda = 0 to 1, points": 0,
+        "one-shot accuracy on selection, slope from lambda = 0 to 1, points": 0,
         "search of ours, in base searches": 2}
 
 
