@@ -131,15 +131,18 @@ def compute_rows(folder, rows, labels, epochs, shared_epochs, epoch_seconds):
     return found
 
 
-def compute_points(rows):
-    """method -> its points (networks, epochs, with the search, accuracy in %, NLL, seeds).
+def complete(rows):
+    """Those of the seeds that have all points, so that no point has luckier seeds than another."""
+    points = by(rows, "method", "epochs").values()
+    seeds = set.intersection(*({row["seed"] for row in here} for here in points))
+    return [row for row in rows if row["seed"] in seeds]
 
-    Means over the seeds that have all points, so that no point has luckier seeds than another.
-    """
-    points, choices = {}, by(rows, "method", "epochs").values()
-    seeds = set.intersection(*({row["seed"] for row in here} for here in choices))
-    rows = [row for row in rows if row["seed"] in seeds]
-    for (method, spent), here in by(rows, "method", "epochs").items():
+
+def compute_points(rows):
+    """method -> its points (networks, epochs, with the search, accuracy in %, NLL, seeds), means
+    over the seeds that have all."""
+    points = {}
+    for (method, spent), here in by(complete(rows), "method", "epochs").items():
         of = lambda key: mean(row[key] for row in here)
         points.setdefault(method, []).append((
             int(here[0]["networks"]), float(spent), float(spent) + of("search_epochs"),
@@ -156,27 +159,32 @@ def compute_table(rows):
     return report.markdown(lines)
 
 
-COMPARED = [("ours", spent, "deep ensemble", spent) for spent in (10, 15, 25)]
-COMPARED += [(method, 15, "one network", spent) for method in ("ours", "deep ensemble")
-             for spent in (8, 12, 20)]
-COMPARED += [("ours, one shot of 20", 12, "one network", 12)]
+COMPARED = [(method, spent) for method in ("ours", "deep ensemble") for spent in (10, 15, 25)]
+COMPARED += [("ours, one shot of 20", spent) for spent in (8, 12)]
+LONGER = [("one network", epochs) for epochs in (8, 12, 20)]
 
 
 def compared_table(rows):
-    """Differences between points, paired by seed, over all seeds that have both."""
-    lines = [["difference", "seeds", "accuracy, points", "NLL"]]
-    points = {(row["method"], int(row["epochs"]), row["seed"]): row for row in rows}
-    for method, spent, other, other_spent in COMPARED:
-        pairs = [(row, points[other, other_spent, seed]) for (name, epochs, seed), row
-                 in points.items() if (name, epochs) == (method, spent)
-                 and (other, other_spent, seed) in points]
-        if not pairs:
-            continue
-        minus = lambda key, scale: [scale * (float(a[key]) - float(b[key])) for a, b in pairs]
-        lines.append([f"{method}, {spent} epochs, minus {other}, {other_spent}", str(len(pairs)),
-                      report.mean_interval(minus("accuracy", 100), 2),
-                      report.mean_interval(minus("nll", 1), 4)])
-    return report.markdown(lines)
+    """Each point minus the deep ensemble of as many epochs, and minus one network for longer:
+    accuracy, then NLL, paired by seed, over the seeds that have all points."""
+    points = {(method, int(epochs)): {row["seed"]: row for row in found}
+              for (method, epochs), found in by(complete(rows), "method", "epochs").items()}
+
+    def minus(point, other, key, scale, places):
+        if point == other or other not in points:
+            return ""
+        return report.mean_interval([scale * (float(row[key]) - float(points[other][seed][key]))
+                                     for seed, row in points[point].items()], places)
+
+    def table(title, *scores):
+        lines = [[title, "minus deep ensemble, as many epochs",
+                  *(f"minus {method}, {epochs} epochs" for method, epochs in LONGER)]]
+        for point in [point for point in COMPARED if point in points]:
+            method, spent = point
+            lines.append([f"{method}, {spent} epochs", *(
+                minus(point, other, *scores) for other in (("deep ensemble", spent), *LONGER))])
+        return report.markdown(lines)
+    return (table("accuracy, points", "accuracy", 100, 2) + "\n\n" + table("NLL", "nll", 1, 4))
 
 
 def plot_compute(rows, path):

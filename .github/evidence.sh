@@ -15,20 +15,18 @@ main() {                   # the main command's recipe: main SEED BASELINES
     --out "$out/fmnist-$1"
 }
 for seed in 0 1 2 3 4; do main $seed single deep perturbed; done
-for seed in 0 1; do        # equal compute: one network, and shared weights, for longer
+for seed in 0 1 2 3 4; do  # equal compute: one network, and shared weights, for longer
   for epochs in 4 8 12; do
     with_search_of "$out/fmnist-$seed" "$out/epochs-$epochs-$seed"
     nes --samples 1 --baselines single --epochs $epochs --shared-epochs $epochs --seed $seed \
       --out "$out/epochs-$epochs-$seed"
   done
 done
-longer() {                 # one network alone, for longer: longer EPOCHS SEED
-  with_search_of "$out/fmnist-$2" "$out/epochs-$1-$2"
-  OMP_NUM_THREADS=1 nes --samples 1 --baselines single --epochs $1 --shared-epochs 0 --seed $2 \
-    --workers 1 --out "$out/epochs-$1-$2"
-}
-for seed in 0 1; do longer 20 $seed & done
-wait
+for seed in 0 1 2 3 4; do  # and one network alone
+  with_search_of "$out/fmnist-$seed" "$out/epochs-20-$seed"
+  nes --samples 1 --baselines single --epochs 20 --shared-epochs 0 --seed $seed \
+    --out "$out/epochs-20-$seed"
+done
 dial() {                   # the dial after half and twice the steps, and with the paper's objective
   OMP_NUM_THREADS=1 python "$(dirname "$0")/ablation.py" --without default --seeds 0 1 2 3 4 \
     --out "$out/dial-$1" --flags="$2"
@@ -43,9 +41,3 @@ for seed in 0 1 2; do      # another data set
 done
 for seed in 0 1 2 3 4; do main $seed single deep perturbed chosen random; done
 for seed in 0 1 2; do main $seed single deep perturbed chosen random nes-rs darts; done
-for seed in 2 3 4; do      # one network for longer, on the other seeds too
-  longer 20 $seed &
-  longer 8 $seed
-  longer 12 $seed
-  wait
-done

@@ -95,12 +95,15 @@ def test_an_architecture_belongs_to_every_method_that_has_it(tmp_path):
 
 def test_compared_points_are_paired_by_seed():
     points = [("ours", 10, 0, 0.93), ("ours", 10, 1, 0.94), ("ours", 10, 2, 0.50),
-              ("deep ensemble", 10, 1, 0.93), ("deep ensemble", 10, 0, 0.91)]
+              ("deep ensemble", 10, 1, 0.93), ("deep ensemble", 10, 0, 0.91),
+              ("one network", 8, 0, 0.93), ("one network", 8, 1, 0.92), ("one network", 8, 2, 0.90)]
     rows = [{"method": method, "epochs": str(epochs), "seed": str(seed), "accuracy": accuracy,
              "nll": 1 - accuracy} for method, epochs, seed, accuracy in points]
-    # 2 and 1 points; half of the interval 12.706 * .7071 / sqrt(2)
-    assert ("| ours, 10 epochs, minus deep ensemble, 10 | 2 | +1.50 [-4.85, +7.85] | "
-            in evidence.compared_table(rows))
+    # seed 2 lacks a point; 2 and 1, 0 and 2, -2 and 1 points: 12.706 / sqrt(2) deviations each way
+    text = evidence.compared_table(rows)
+    assert "| ours, 10 epochs | +1.50 [-4.85, +7.85] | +1.00 [-11.71, +13.71] |  |  |" in text
+    assert "| deep ensemble, 10 epochs |  | -0.50 [-19.56, +18.56] |  |  |" in text
+    assert "| ours, 10 epochs | -0.0150 [-0.0785, +0.0485] | " in text
 
 
 def test_the_tables_of_results_are_those_of_the_ledgers():
