@@ -248,7 +248,7 @@ def resumable(name, steps, parts, data, args):
                  "--search-lr, --alpha-lr or --hyper-lr), in another --out")
         history = [*state["history"], {"step": done, **means}]
         sums, state = {}, {"step": done, "seconds": time.time() - start, "history": history}
-        left = (1 + waiting) * state["seconds"] / done * steps - state["seconds"]
+        left = max(0, (1 + waiting) * state["seconds"] / done * steps - state["seconds"])
         words = "  ".join(f"{key} {value:.3f}" for key, value in means.items())
         print(f"{name:<19}{done:>6}/{steps:<6}{words}   {state['seconds']:6.0f} s, {left:5.0f} s "
               "left", flush=True)
@@ -1330,7 +1330,7 @@ def make_networks(base, hyper, data, args):
             jobs |= {name: (train_member, arch, i)
                      for i, (name, arch) in enumerate(zip(methods[method], archs))}
         say(f"\n{len(jobs)} networks, the shared weights included; what is there is not trained "
-            "again")
+            f"again. Then {len(set(shots))} in one shot, without a log, some seconds each")
         deal_out(jobs, data, args)
         deal_out({name: (make_one_shot, arch) for name, arch in zip(shots, pool)}, data, args)
     return methods | {"ours, one-shot": shots[:args.samples],
