@@ -1,0 +1,1499 @@
+"""Neural ensemble search with diversity control, in one file.
+
+  python nes.py --dataset toy --samples 3       three members on drawn shapes, a minute or two:
+                                                does it run here?
+  python nes.py --dataset fmnist --samples 5    the method on Fashion-MNIST: searches, reads five
+                                                architectures off the dial, trains and averages them
+
+All that a run computes is in its folder, --out; the same command goes on where it was stopped.
+
+"Differentiable algorithm for searching ensembles of deep learning models with diversity control"
+(Yakovlev, Bakhteev, Petrushina, Babkin):
+
+  1  DARTS finds a base architecture:  min_alpha L_val(w*, alpha), w* = argmin_w L_train(w, alpha)
+  2  a hypernetwork learns a dial, lambda -> alpha(lambda), from the base at 0 to one that has
+     next to nothing of it at 1:       min_a E_lambda [L_val(w*, arch) + c (share(arch) - lambda)^2]
+     arch: a finished architecture drawn from alpha(lambda), which the table a makes; share(arch):
+     the share of the base's 16 entries that it lacks, its Jensen-Shannon divergence / ln 2
+  3  reading alpha(lambda_1), ..., alpha(lambda_M) gives M architectures in one shot
+  4  their ensemble is the answer:     p(y | x) = mean_m p_m(y | x)
+
+Sections 1 to 8 are the method: 1 architectures as tensors, 2 cell and network, 3 the base search,
+4 the hypernetwork, 5 sampling and the dial, 6 members and one shot, 7 the ensemble, 8 other
+ensemble searches. The others carry it, and can wait: 9 data, 10 settings, 11 keeping work,
+12 pictures, 13 the run, 14 CPU kernels. From there the method uses
+  rng(*key)            a random generator that depends on `key` alone
+  resumable(name, ..)  the loop under all training, with log rows and checkpoints; then finish(name)
+  save, load           files of a run folder
+  fail(sentence)       an error, for the user to read
+
+Letters for shapes: B batch, C channels, H and W height and width, K pivots, M members, N points,
+Y classes, O = 7 operations, E = 14 edges of a cell. Whatever says which operations run has the
+shape (2, E, O), first the normal cell, then the reduction cell.
+"""
+import argparse
+import contextlib
+import csv
+import dataclasses
+import glob
+import gzip
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+from torchvision.transforms import v2
+
+# ---- 1. Architectures as tensors -----------------------------------------------------------------
+# An architecture is a tensor arch (2, E, O): arch[k, e, o] weighs operation o on edge e of cell
+# kind k. While DARTS searches it is soft, softmax(alpha), and every operation runs. A finished one
+# is 0/1 with 16 ones, its entries: in each cell two inputs for each of 4 nodes, an operation each.
+# Architectures stay on the CPU, where a network asks which of their numbers are 0; they are few.
+
+KINDS = ("normal", "reduction")
+NODES = 4                                                                        # of a cell
+EDGES = [(source, node) for node in range(NODES) for source in range(node + 2)]  # 0, 1: its inputs
+EDGES_OF = [[e for e, (_, end) in enumerate(EDGES) if end == node] for node in range(NODES)]
+ENTRIES = 2 * 2 * NODES
+
+def discretise(p):
+    """The finished architecture of p (DARTS, section 2.4): a node keeps its two strongest inputs.
+
+    p: (..., 2, E, O), softmax(alpha). Returns 0/1 of that shape. An edge's operation is its most
+    probable one and its strength that probability; of equal strengths the lower source comes first.
+    Example: node 0 has edges from sources 0 and 1, node 1 from 0, 1 and 2. With strengths 0.5, 0.4
+    and 0.3, 0.6, 0.5, node 0 keeps both edges and node 1 those from sources 1 and 2.
+    """
+    strength, operation = p.detach().max(dim=-1)                                   # (..., 2, E)
+    kept = torch.zeros_like(strength)
+    for edges in EDGES_OF:
+        order = strength[..., edges].sort(dim=-1, descending=True, stable=True).indices
+        kept[..., edges] = kept[..., edges].scatter(-1, order[..., :2], 1.0)
+    return F.one_hot(operation, p.shape[-1]) * kept.unsqueeze(-1)
+
+def genotype(arch):
+    """The entries of a finished architecture, {"normal": [[operation, source], ...], "reduction":
+    ...}: two for each node in turn. Sources 0 and 1 are the cell's inputs, n + 2 is node n."""
+    return {kind: [[NAMES[o], EDGES[e][0]] for e, o in cell.nonzero().tolist()]
+            for kind, cell in zip(KINDS, arch)}
+
+def count_operations(arch):
+    """name -> how often a finished architecture has it, both cells together."""
+    counts = arch.sum(dim=(0, 1)).long().tolist()
+    return {name: count for name, count in zip(NAMES, counts) if count}
+
+def matched_entries(arch, base):
+    """How many entries of finished architectures (..., 2, E, O) are the base's (2, E, O)."""
+    return (arch * base).flatten(-base.dim()).sum(dim=-1).long()
+
+# ---- 2. The DARTS cell and the network -----------------------------------------------------------
+
+class FactorizedReduce(nn.Module):
+    """Halve H and W without losing pixels: two 1x1 convolutions, stride 2, a pixel apart."""
+
+    def __init__(self, C_in, C, affine):
+        super().__init__()
+        self.even = nn.Conv2d(C_in, C // 2, 1, stride=2, bias=False)
+        self.odd = nn.Conv2d(C_in, C - C // 2, 1, stride=2, bias=False)
+        self.norm = nn.BatchNorm2d(C, affine=affine)
+
+    def forward(self, x):
+        # One dense 2x2 convolution, with the first in its kernel's upper left corner and the second
+        # in its lower right, is several times faster on a CPU than two sparse ones.
+        kernel = torch.cat([F.pad(self.even.weight, (0, 1, 0, 1)),
+                            F.pad(self.odd.weight, (1, 0, 1, 0))])
+        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+        return self.norm(F.conv2d(x, kernel, stride=2))
+
+def separable(C, taps, stride, affine, dilation=1):
+    """A filter for each channel, then a 1x1 convolution across the channels."""
+    return nn.Sequential(DepthwiseConv(C, taps, stride, dilation), nn.Conv2d(C, C, 1, bias=False),
+                         nn.BatchNorm2d(C, affine=affine))
+
+def twice_separable(C, taps, stride, affine):
+    return nn.Sequential(separable(C, taps, stride, affine), nn.ReLU(),
+                         separable(C, taps, 1, affine))
+
+# DARTS's eight operations without "zero", which no finished architecture can hold:
+# (C, stride, affine) -> module. Those with parameters get relu(x), the others x, see MixedOp.
+# Another operation is another line, and another --out: the shape of alpha follows.
+OPERATIONS = {
+    "max_pool_3x3": lambda C, stride, affine: nn.Sequential(
+        nn.MaxPool2d(3, stride, 1), nn.BatchNorm2d(C, affine=False)),
+    "avg_pool_3x3": lambda C, stride, affine: nn.Sequential(
+        nn.AvgPool2d(3, stride, 1, count_include_pad=False), nn.BatchNorm2d(C, affine=False)),
+    "skip_connect": lambda C, stride, affine: (
+        nn.Identity() if stride == 1 else FactorizedReduce(C, C, affine)),
+    "sep_conv_3x3": lambda C, stride, affine: twice_separable(C, 3, stride, affine),
+    "sep_conv_5x5": lambda C, stride, affine: twice_separable(C, 5, stride, affine),
+    "dil_conv_3x3": lambda C, stride, affine: separable(C, 3, stride, affine, dilation=2),
+    "dil_conv_5x5": lambda C, stride, affine: separable(C, 5, stride, affine, dilation=2),
+}
+NAMES = list(OPERATIONS)
+
+class MixedOp(nn.Module):
+    """The mixed operation of an edge (DARTS, eq. 2): sum over o of weights[o] * o(x).
+
+    names: what the edge holds: all operations in a supernet, one or none in a finished network.
+    forward: x (B, C, H, W); weights (O,), zeros are not run, None for ones everywhere.
+    """
+
+    def __init__(self, C, stride, affine=False, names=NAMES):
+        super().__init__()
+        self.ops = nn.ModuleDict({name: OPERATIONS[name](C, stride, affine) for name in names})
+        self.rectified = {name for name, op in self.ops.items() if list(op.parameters())}
+
+    def forward(self, x, weights=None):
+        run = self.ops if weights is None else [NAMES[o] for o in weights.nonzero()]
+        rectified, total = F.relu(x) if self.rectified.intersection(run) else x, 0
+        for name in run:
+            y = self.ops[name](rectified if name in self.rectified else x)
+            total = total + (y if weights is None else weights[NAMES.index(name)] * y)
+        return total
+
+class Cell(nn.Module):
+    """A DARTS cell (DARTS, section 2.1): two inputs, four nodes, each the sum of its edges.
+
+    names: for each edge the operations that it holds. forward: s0 and s1, the outputs of the last
+    two cells, rectified; arch (E, O), or None as in MixedOp. Returns the nodes, concatenated:
+    (B, 4C, H, W), or (B, 4C, H/2, W/2) from a reduction cell.
+    """
+
+    def __init__(self, C_before, C_last, C, reduction, after_reduction, affine, names):
+        super().__init__()
+        self.reduction = reduction
+        align = lambda C_in: nn.Sequential(nn.Conv2d(C_in, C, 1, bias=False),
+                                           nn.BatchNorm2d(C, affine=affine))
+        self.align0 = FactorizedReduce(C_before, C, affine) if after_reduction else align(C_before)
+        self.align1 = align(C_last)
+        self.edges = nn.ModuleList(
+            MixedOp(C, 2 if reduction and source < 2 else 1, affine, held)
+            for (source, _), held in zip(EDGES, names))
+
+    def forward(self, s0, s1, arch=None):
+        states = [self.align0(s0), self.align1(s1)]
+        for edges in EDGES_OF:
+            states.append(gradient_channels_last(sum(self.edges[e](
+                states[EDGES[e][0]], None if arch is None else arch[e]) for e in edges)))
+        return torch.cat(states[2:], dim=1)
+
+class Network(nn.Module):
+    """Stem, cells, global mean, linear classifier.
+
+    Of n cells, counted from 0, n // 3 and 2 n // 3 are reduction cells, but never the first: two
+    cells are a normal and a reduction cell. arch: None for the supernet, which holds every
+    operation of every edge, or a finished architecture for a network with its 16 operations alone.
+    affine: whether the cells' batch norm has scale and shift, by default in a finished network
+    only: in the supernet they would undo alpha's. forward: x (B, C_in, H, W); arch (2, E, O), what
+    to run and with which weights, None for all that is there. Returns logits (B, Y). arch is an
+    argument, never hidden state: one set of weights serves any architecture.
+    """
+
+    def __init__(self, C_in, classes, C, cells, arch=None, affine=None):
+        super().__init__()
+        affine = arch is not None if affine is None else affine
+        self.config = {"C_in": C_in, "classes": classes, "C": C, "cells": cells, "arch": arch,
+                       "affine": affine}
+        # Departure from DARTS: the stem halves H and W. Dense convolutions are what a CPU does
+        # best, and every cell behind them costs a quarter.
+        self.stem = nn.Sequential(
+            nn.Conv2d(C_in, C, 3, padding=1, bias=False), nn.BatchNorm2d(C), nn.ReLU(inplace=True),
+            nn.Conv2d(C, 4 * C, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(4 * C))
+        holds = torch.ones(2, len(EDGES), len(NAMES)) if arch is None else arch
+        names = [[[NAMES[o] for o in edge.nonzero()] for edge in cell] for cell in holds]
+        self.cells = nn.ModuleList()
+        C_before, C_last, after_reduction = 4 * C, 4 * C, False
+        for i in range(cells):
+            reduction = i > 0 and i in (cells // 3, 2 * cells // 3)
+            C = 2 * C if reduction else C
+            self.cells.append(Cell(C_before, C_last, C, reduction, after_reduction, affine,
+                                   names[reduction]))
+            C_before, C_last, after_reduction = C_last, 4 * C, reduction
+        self.classifier = nn.Linear(C_last, classes)
+
+    def forward(self, x, arch=None):
+        out = self.stem(x)                                                    # (B, 4C, H/2, W/2)
+        s0 = s1 = F.relu(out)  # rectified here, since the next two cells both read it
+        for cell in self.cells:
+            out = cell(s0, s1, None if arch is None else arch[int(cell.reduction)])
+            s0, s1 = s1, F.relu(out)
+        return self.classifier(gradient_channels_last(out).mean(dim=(2, 3)))  # (B, Y)
+
+def build(key, data, C, cells, arch=None, affine=None):
+    """A Network for a data set, on its device, whose initial weights depend on `key` alone."""
+    torch.manual_seed(rng(*key).initial_seed())
+    net = Network(data.shape[0], len(data.classes), C, cells, arch, affine)
+    return net.to(data.mean.device, memory_format=torch.channels_last)
+
+# ---- 3. The base search (DARTS) ------------------------------------------------------------------
+
+def second_order_loss(net, w_batch, a_batch, arch, xi):
+    """L_val(w', alpha) with w' = w - xi grad_w L_train(w, alpha), as a function of alpha.
+
+    DARTS, eq. 6. Exact, no finite differences: the inner step stays in autograd's graph.
+    arch: (2, E, O), softmax(alpha); xi: the inner learning rate.
+    """
+    (x, y), (x_val, y_val) = w_batch, a_batch
+    names, w = zip(*net.named_parameters())
+    gradients = torch.autograd.grad(F.cross_entropy(net(x, arch), y), w, create_graph=True)
+    stepped = {name: value - xi * g for name, value, g in zip(names, w, gradients)}
+    return F.cross_entropy(torch.func.functional_call(net, stepped, (x_val, arch)), y_val)
+
+def search_step(net, arch, penalty, w_batch, a_batch, w_optimizer, a_optimizer, second_order=False):
+    """A step on the weights w, then one on the parameters that made `arch` (DARTS, algorithm 1).
+
+    arch: (2, E, O), differentiable in the parameters of a_optimizer; penalty: added to L_val;
+    batches: (x, y). Returns the losses. Unlike in DARTS w steps first, on the batch that the inner
+    step of the second order then repeats.
+    """
+    (x, y), (x_val, y_val) = w_batch, a_batch
+    train_loss = F.cross_entropy(net(x, arch.detach()), y)
+    w_optimizer.zero_grad()
+    train_loss.backward()
+    nn.utils.clip_grad_norm_(net.parameters(), 5.0)
+    w_optimizer.step()
+
+    net.requires_grad_(second_order)  # the first order needs arch's gradient alone: half the work
+    if second_order:
+        loss = second_order_loss(net, w_batch, a_batch, arch, w_optimizer.param_groups[0]["lr"])
+    else:
+        loss = F.cross_entropy(net(x_val, arch), y_val)
+    a_optimizer.zero_grad()
+    (loss + penalty).backward(inputs=a_optimizer.param_groups[0]["params"])
+    net.requires_grad_(True)
+    a_optimizer.step()
+    return {"train": train_loss, "validation": loss, "penalty": torch.as_tensor(penalty)}
+
+def search(name, net, logits, rate, steps, propose, data, args, second_order=False):
+    """The loop of both searches: `search_step` on a batch of either split.
+
+    logits: the module with alpha's parameters; propose(step): (arch, penalty), differentiable in
+    them. SGD for the weights and Adam for the logits, as in DARTS; unlike there both learning rates
+    (the logits' is `rate`) fall as a cosine, and the logits have no weight decay.
+    """
+    w_optimizer = torch.optim.SGD(net.parameters(), args.search_lr, 0.9, weight_decay=3e-4)
+    a_optimizer = torch.optim.Adam(logits.parameters(), rate, (0.5, 0.999))
+    parts = {"net": net, "architecture": logits, "w_optimizer": w_optimizer,
+             "a_optimizer": a_optimizer}
+    net.train()
+    for step, losses in resumable(name, steps, parts, data, args):
+        batches = [data.batch(split, args.search_batch, step, (args.seed, name, split))
+                   for split in ("train", "validation")]
+        for optimizer in (w_optimizer, a_optimizer):
+            anneal(optimizer, (1 + math.cos(math.pi * step / steps)) / 2)
+        losses.update(search_step(net, *propose(step), *batches, w_optimizer, a_optimizer,
+                                  second_order))
+    finish(name, args)
+
+SEARCH_CELLS = 2  # of the supernet: a normal and a reduction cell
+
+def base_search(name, data, args):
+    """Step 1 of the method: DARTS trains a supernet and alpha; returns it and softmax(alpha)."""
+    net = build((args.seed, name), data, args.search_channels, SEARCH_CELLS)
+    alpha = 1e-3 * torch.randn(2, len(EDGES), len(NAMES), generator=rng(args.seed, name))
+    logits = nn.ParameterDict({"alpha": alpha})
+    search(name, net, logits, args.alpha_lr, args.base_steps,
+           lambda step: (logits["alpha"].softmax(dim=-1), 0.0), data, args, args.second_order)
+    return net, logits["alpha"].detach().softmax(dim=-1)
+
+# ---- 4. The Jensen-Shannon divergence and the hypernetwork ---------------------------------------
+# What is trained: at a lambda the hypernetwork gives logits; with some noise they become p, and a
+# finished architecture is read off p. That one runs, and two terms judge it:
+#     L_val(w, arch)                is it a good one?
+#     c (share(arch) - lambda)^2    share: of the base's 16 entries, those that it lacks, counted
+# This count is the divergence: JSd of two finished architectures is ln 2 times the share, see
+# `divergence`. So JSd is what is reported, and only --objective paper evaluates it in training.
+# The paper's term, - lambda JSd, only ever rewards more: at any lambda above 0 it pushes JSd to its
+# maximum, if L_val does not resist. Its lambda is a weight and no distance. The square rests where
+# the share is lambda, however long one trains.
+
+def jensen_shannon(p, q):
+    """JSd(p, q) = 1/2 KL(p || m) + 1/2 KL(q || m), m = (p + q) / 2, over the last dimension, nats.
+
+    p, q: distributions (..., O), broadcast. Returns (...), 0 <= JSd <= ln 2, symmetric. The paper,
+    section 1. Zeros are allowed. KL(m || p), a common slip, is another divergence without a bound.
+    """
+    tiny = torch.finfo(p.dtype).tiny
+    m = (p + q) / 2
+    kl = lambda a: (a * (a.clamp_min(tiny).log() - m.clamp_min(tiny).log())).sum(dim=-1)
+    return (kl(p) + kl(q)) / 2
+
+def divergence(arch, base):
+    """JSd of finished architectures to the base, mean over the base's 16 entries: 0 to ln 2 nats.
+
+    arch: (..., 2, E, O), base: (2, E, O), 0/1. An edge is a one-hot distribution over operations
+    and "none", for an edge that is dropped. Where two of these agree m = p and JSd = 0; else m
+    gives 1/2 to either, and JSd = 1/2 ln 2 + 1/2 ln 2. So the mean is ln 2 times the share of
+    entries that differ.
+    """
+    none = lambda a: torch.cat([a, 1 - a.sum(dim=-1, keepdim=True)], dim=-1)  # (..., 2, E, O + 1)
+    per_edge = jensen_shannon(none(arch), none(base)) * base.sum(dim=-1)
+    return per_edge.flatten(1 - base.dim()).sum(dim=-1) / base.sum()
+
+def straight_through(value, p):
+    """value + p - stop_gradient(p): `value` forward, the gradient of p backward (as in GDAS).
+
+    Reading a finished arch off p has no gradient. Two forms lend it that of p:
+        straight_through(arch, p)      at every entry, for the share. Were it only at arch's own
+                                       entries, the base's could leave and never come back.
+        arch * straight_through(1, p)  at arch's own, for L_val: what does not run has no gradient.
+    """
+    return value + p - p.detach()
+
+def diversity_loss(arch, p, base, lam, strength=30.0):
+    """c (share - lambda)^2: the term, added to L_val, that puts the hypernetwork at its lambda.
+
+    share = 1 - sum(base * arch) / sum(base) = divergence(arch, base) / ln 2, straight through: its
+    gradient in p is a constant at every entry of the base (JSd's own is infinite there).
+    arch = discretise(p); p (..., 2, E, O); base (2, E, O), 0/1; lam (...). Returns (...).
+    """
+    kept = (base * straight_through(arch, p)).flatten(-base.dim()).sum(dim=-1)
+    return strength * (1 - kept / base.sum() - lam) ** 2
+
+def paper_diversity_loss(p, smoothed_base, lam):
+    """- lambda JSd(alpha*, alpha(lambda)), mean over all edges: the paper's term.
+
+    p: (2, E, O), softmax(alpha(lambda)), without noise; smoothed_base: alpha*, from `smooth`.
+    """
+    return -lam * jensen_shannon(smoothed_base, p).mean(dim=(-2, -1))
+
+TAU = 0.1             # smoothing of the base where it becomes logits, and in the paper's term
+PAPER_START = 0.3     # the smoothing at which the pivots start with the paper's term
+DROPPED_EXTRA = 0.25  # so much softer is an edge that the base drops; its operation still leads
+
+def smooth(p, tau):
+    """The base as soft distributions: alpha* = (1 - tau) onehot(argmax p) + tau / O on each edge.
+
+    p: (2, E, O), softmax(alpha). Departures from the paper: tau is small (its text says near one,
+    which would erase the architecture), and larger on edges that the base drops (with one tau all
+    would be equally strong, and which to keep would be forgotten).
+    """
+    tau = tau + DROPPED_EXTRA * (1 - discretise(p).sum(dim=-1, keepdim=True))            # (2, E, 1)
+    return (1 - tau) * F.one_hot(p.argmax(dim=-1), p.shape[-1]) + tau / p.shape[-1]
+
+class HyperNetwork(nn.Module):
+    """alpha(lambda): a table of logits for each pivot, and straight lines between them.
+
+    With pivots r_0 = 0 < ... < r_{K-1} = lambda_max, tables a_k and r_k <= lambda <= r_{k+1}:
+        alpha(lambda) = (1 - t) a_k + t a_{k+1},    t = (lambda - r_k) / (r_{k+1} - r_k)
+    so that alpha(r_k) = a_k. Departure from the paper: its formula has t and 1 - t exchanged, which
+    makes alpha jump at every pivot. start: (2, E, O) or any shape, every pivot's first logits.
+    forward: lambda (...), numbers or a tensor -> logits (..., 2, E, O). Raises ValueError where a
+    lambda is not in [0, lambda_max].
+    """
+
+    def __init__(self, start, pivots=6, lambda_max=1.0):
+        super().__init__()
+        self.register_buffer("pivots", torch.linspace(0, lambda_max, pivots))              # (K,)
+        self.table = nn.Parameter(start.detach().clone().repeat(pivots, *[1] * start.dim()))
+
+    def forward(self, lam):
+        lam = torch.as_tensor(lam, dtype=self.table.dtype, device=self.table.device)
+        if not ((0 <= lam) & (lam <= self.pivots[-1])).all():
+            raise ValueError(f"lambda is not between 0 and {self.pivots[-1]:g}: {lam}")
+        k = torch.searchsorted(self.pivots, lam, right=True).clamp(1, len(self.pivots) - 1) - 1
+        t = (lam - self.pivots[k]) / (self.pivots[k + 1] - self.pivots[k])
+        t = t.view(*t.shape, *[1] * (self.table.dim() - 1))
+        return torch.lerp(self.table[k], self.table[k + 1], t)
+
+DRAWS = 16       # lambdas of a step: the network runs at the first, diversity is the mean of all
+OVERSHOOT = 0.1  # lambda is drawn from a range this much longer at both ends, and then clamped
+
+def draw_lambdas(count, lambda_max, generator):
+    """Lambdas to train at; the overshoot lets the end pivots be met as often as the others."""
+    u = torch.rand(count, generator=generator)
+    return lambda_max * ((1 + 2 * OVERSHOOT) * u - OVERSHOOT).clamp(0, 1)
+
+def draw_probabilities(logits, noise, generator):
+    """softmax(logits + noise * Gumbel): with noise 1 its argmax is a draw from softmax(logits)."""
+    gumbel = -torch.empty(logits.shape).exponential_(generator=generator).log()
+    return (logits + noise * gumbel).softmax(dim=-1)
+
+def train_hypernetwork(net, base_p, data, args):
+    """Step 2 of the method: min over the tables a of E_lambda [L_val(w, arch) + diversity_loss].
+
+    net: the supernet, warm from the base search; base_p: (2, E, O), softmax(alpha) of that search.
+    Returns the HyperNetwork. Departures: the pivots start at the base (softer with the paper's
+    term, which an edge could also raise by becoming surer of the base's operation); a step runs one
+    finished architecture, so that the weights learn to serve what will be sampled; the diversity of
+    15 more, for which no network need run, makes the dial steadier.
+    """
+    base, paper = discretise(base_p), args.objective == "paper"
+    start = smooth(base_p, PAPER_START if paper else TAU).log()
+    hyper = HyperNetwork(start, args.pivots, args.lambda_max)
+
+    def propose(step):
+        """A finished architecture at a fresh lambda, and the diversity term of it and 15 more."""
+        generator = rng(args.seed, "hyper", step)
+        lams = draw_lambdas(DRAWS, args.lambda_max, generator)
+        logits = hyper(lams)                                                     # (DRAWS, 2, E, O)
+        p = draw_probabilities(logits, args.noise * (1 - step / args.hyper_steps), generator)
+        archs = discretise(p)
+        if paper:
+            penalty = paper_diversity_loss(logits.softmax(dim=-1), smooth(base_p, TAU), lams)
+        else:
+            penalty = diversity_loss(archs, p, base, lams, args.strength)
+        return archs[0] * straight_through(1, p[0]), penalty.mean()
+
+    search("hyper", net, hyper, args.hyper_lr, args.hyper_steps, propose, data, args)
+    return hyper
+
+# ---- 5. Sampling in one shot, and the lambda response: is lambda a dial? -------------------------
+
+def sample_lambdas(count, lambda_max=1.0):
+    """lambda_i = lambda_max * frac(i * golden ratio): spread over [0, lambda_max) for any count.
+
+    More of them keep the first ones, so that what is trained stays. The first is 0: the base, or
+    close to it. The paper draws at random, which leaves gaps.
+    """
+    return [lambda_max * (i * (math.sqrt(5) - 1) / 2 % 1) for i in range(count)]
+
+@torch.no_grad()
+def sample(hyper, lambdas):
+    """Step 3 of the method: the finished architectures (M, 2, E, O) at M lambdas, a look-up."""
+    return discretise(hyper(lambdas).softmax(dim=-1))
+
+@torch.no_grad()
+def describe(hyper, base_p, lambdas):
+    """What `sample` gives at each lambda, for JSON; jsd: `divergence` to the base / ln 2."""
+    archs, base = sample(hyper, lambdas), discretise(base_p)
+    columns = {"lambda": lambdas, "genotype": map(genotype, archs),
+               "jsd": (divergence(archs, base) / math.log(2)).tolist(),
+               "matched_entries": matched_entries(archs, base).tolist()}
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+def lambda_response(hyper, base_p, lambda_max=1.0, count=11):
+    """`describe` on a grid of lambda, and two numbers that say how well lambda is obeyed.
+
+    spearman: rank correlation of lambda and matched entries, ideally -1; 0 where these never
+    change. calibration_error: mean |matched / 16 - (1 - lambda)|, ideally 0; whole entries allow
+    .014 at 11 points. A lambda_max above 1, of the paper's term, stands for 1.
+    """
+    points = describe(hyper, base_p, torch.linspace(0, lambda_max, count).tolist())
+    lam = torch.tensor([point["lambda"] for point in points], dtype=torch.double)
+    matched = torch.tensor([point["matched_entries"] for point in points], dtype=torch.double)
+    # Ranks, equal values sharing theirs: how many are smaller, and half of those that are equal.
+    ranks = lambda v: ((v[:, None] > v).double() + (v[:, None] == v).double() / 2).sum(dim=1)
+    correlation = torch.corrcoef(torch.stack([ranks(lam), ranks(matched)]))[0, 1].nan_to_num()
+    error = (matched / ENTRIES - 1 + lam / max(1, lambda_max)).abs().mean()
+    return {"points": points, "spearman": correlation.item(), "calibration_error": error.item()}
+
+# How many of the base's 16 entries a random architecture has: 1.5
+CHANCE_ENTRIES = sum(2 * 2 * 2 / (node + 2) / len(NAMES) for node in range(NODES))
+
+# ---- 6. Members, trained from scratch; and one shot, with weights that all share -----------------
+
+WARM_UP = 0.2         # the share of the steps in which the learning rate rises
+WEIGHT_DECAY = 0.05
+
+def train(name, net, epochs, key, data, args, arch_at=lambda step: None):
+    """Train a network on all training images: one recipe for every method.
+
+    AdamW, whose learning rate rises over the first fifth of the steps and falls to zero; the last
+    weights are kept. key: names the batches' order; arch_at(step): what `net` is to run then.
+    """
+    optimizer = torch.optim.AdamW(net.parameters(), args.lr, (0.9, 0.99), fused=True,
+                                  weight_decay=WEIGHT_DECAY)
+    steps = max(1, epochs * len(data.splits["both"][1]) // args.batch)
+    net.train()
+    for step, losses in resumable(name, steps, {"net": net, "optimizer": optimizer}, data, args):
+        progress = step / steps  # next: + 0.01, so that the first step is not lost
+        anneal(optimizer, min(progress / WARM_UP + 0.01, (1 - progress) / (1 - WARM_UP)))
+        x, y = data.batch("both", args.batch, step, key)
+        losses["train"] = F.cross_entropy(net(x, arch_at(step)), y)
+        optimizer.zero_grad()
+        losses["train"].backward()
+        optimizer.step()
+
+@torch.no_grad()
+def predict(net, images, data):
+    """Probabilities (N, Y) of images (N, C, H, W) uint8, on the CPU. Leaves net in eval mode."""
+    net.eval()
+    return torch.cat([net(data.normalise(x)).softmax(dim=-1).cpu() for x in images.split(500)])
+
+def finished(net, data):
+    """What the file of a finished network holds: all for `load_member`, and its probabilities."""
+    probs = {split: predict(net, data.splits[split][0], data) for split in ("selection", "test")}
+    return probs | {"network": net.config, "net": net.state_dict(), "classes": data.classes,
+                    "mean": data.mean.cpu(), "std": data.std.cpu(), "shape": data.shape}
+
+def fingerprint(arch):
+    """Eight letters that name an architecture."""
+    return hashlib.sha256(json.dumps(genotype(arch)).encode()).hexdigest()[:8]
+
+def train_member(name, arch, index, data, args):
+    """Train a finished architecture from scratch; <out>/<name>.pt holds it then.
+
+    index: its place in its method's list, which alone decides its initial weights and batches, so
+    that methods that ask for the same network share it.
+    """
+    key = (args.seed, "member", index)
+    net = build(key, data, args.channels, args.cells, arch)
+    train(name, net, args.epochs, key, data, args)
+    finish(name, args, **finished(net, data))
+
+def train_shared(name, hyper, data, args):
+    """Train one supernet of the members' size for the architectures of the frozen hypernetwork.
+
+    A fresh lambda each step, and the one architecture that is read there; otherwise the members'
+    recipe. The search's own supernet is smaller, saw half of the images, and served architectures
+    that kept changing. Here no alpha learns: batch norm may scale and shift.
+    """
+    key = (args.seed, name)
+    net = build(key, data, args.channels, args.cells, affine=True)
+    train(name, net, args.shared_epochs, key, data, args, lambda step: sample(
+        hyper, draw_lambdas(1, args.lambda_max, rng(*key, step)))[0])
+    finish(name, args)
+
+def shared_network(data, args):
+    """The supernet of the one-shot scores; without --shared-epochs the hypernetwork's own."""
+    if args.shared_epochs:
+        net, name = build((), data, args.channels, args.cells, affine=True), "shared"
+    else:
+        net, name = build((), data, args.search_channels, SEARCH_CELLS), "hyper"
+    net.load_state_dict(load_network(name, args)["net"])
+    return net
+
+@torch.no_grad()
+def one_shot(shared, arch, batches):
+    """A finished network with the shared weights of its operations: no training at all.
+
+    shared: a supernet; arch: (2, E, O), 0/1; batches: normalised images, on which batch norm's
+    statistics are taken anew: one set of weights serves many architectures, one statistic does not.
+    """
+    net, weights = Network(**shared.config | {"arch": arch}), shared.state_dict()
+    net.load_state_dict({name: weights[name] for name in net.state_dict()})
+    net.to(next(shared.parameters()).device)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # the plain average
+    for x in batches:
+        net(x)
+    return net.eval()
+
+def make_one_shot(name, arch, data, args):
+    """Make an architecture's one-shot network; <out>/<name>.pt holds it then."""
+    start = time.monotonic()
+    batches = (data.batch("train", 256, step, (args.seed, "recalibration"), augment=False)[0]
+               for step in range(20))  # the average of few would be noisy
+    state = finished(one_shot(shared_network(data, args), arch, batches), data)
+    save(file_of(name, args), state | {"seconds": time.monotonic() - start})
+
+# ---- 7. The ensemble and its metrics -------------------------------------------------------------
+
+class Ensemble(nn.Module):
+    """Step 4 of the method: p(y | x) = mean_m p_m(y | x).
+
+    members, data: as from `load_member`. forward: images (B, *data.shape) uint8 -> probabilities
+    (B, Y) of data.classes. Raises NesError for others: to floats networks would answer nonsense.
+    """
+
+    def __init__(self, members, data):
+        super().__init__()
+        self.members, self.data = nn.ModuleList(members), data
+
+    def forward(self, images):
+        if images.dtype != torch.uint8 or images.shape[1:] != self.data.shape:
+            fail(f"images must be uint8, (B, C, H, W) with (C, H, W) = {self.data.shape}, not "
+                 f"{images.dtype}, {tuple(images.shape)}; see read_image")
+        return torch.stack([predict(net, images, self.data) for net in self.members]).mean(dim=0)
+
+BINS = 15  # of confidence, for ECE and the reliability picture
+
+def confidence_bins(confidence):
+    """(N,) in [0, 1] -> the bin of each, 0 to BINS - 1; a bin holds its upper end."""
+    return (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+
+def ensemble_metrics(probs, labels):
+    """Metrics of the ensemble p = mean_m p_m; for one network give it probs (1, N, Y).
+
+    probs: (M, N, Y); labels: (N,). Returns a dict of floats:
+        accuracy            share of points with argmax p = y
+        nll                 - mean log p(y), nats: first the average, then the logarithm
+        brier               mean over points of sum_k (p_k - 1[y = k])^2, in [0, 2]
+        ece                 sum over 15 equal bins of max p of (share of points in the bin)
+                            |confidence - accuracy|
+        oracle_accuracy     share of points that at least one member gets right
+        disagreement        mean over pairs of members of the share of points with different argmax
+        predictive_jsd      H(p) - mean_m H(p_m), nats, in [0, ln M]
+    The columns of tables, ledger.csv and results.json: a new metric is a line here.
+    """
+    probs = probs.double()
+    p, votes = probs.mean(dim=0), probs.argmax(dim=-1)                             # (N, Y), (M, N)
+    (M, N), (confidence, choice) = votes.shape, p.max(dim=-1)
+    gaps = confidence_bins(confidence).bincount(confidence - (choice == labels).double(), BINS)
+    agree = F.one_hot(votes, p.shape[-1]).sum(dim=0).square().sum().item()  # of N M^2 pairs
+    entropy = lambda q: torch.special.entr(q).sum(dim=-1).mean(dim=-1)
+    return {"accuracy": (choice == labels).double().mean().item(),
+            "nll": F.nll_loss(p.clamp_min(1e-12).log(), labels).item(),
+            "brier": (p - F.one_hot(labels, p.shape[-1])).square().sum(dim=-1).mean().item(),
+            "ece": (gaps.abs().sum() / N).item(),
+            "oracle_accuracy": (votes == labels).any(dim=0).double().mean().item(),
+            "disagreement": (N * M * M - agree) / max(1, N * M * (M - 1)),
+            "predictive_jsd": (entropy(p) - entropy(probs).mean()).item()}
+
+def forward_selection(probs, labels, count):
+    """Indices of `count` of a pool, probs (P, N, Y), labels (N,): each lowers the NLL most.
+
+    NES-RS's choice of members (Zaidi et al., 2021).
+    """
+    chosen = []
+    for _ in range(count):
+        rest = [i for i in range(len(probs)) if i not in chosen]
+        chosen.append(min(rest, key=lambda i: ensemble_metrics(probs[chosen + [i]], labels)["nll"]))
+    return chosen
+
+# ---- 8. Other ensemble searches ------------------------------------------------------------------
+
+def random_architecture(*key):
+    """Two random inputs of each node, a random operation each: what random strengths give."""
+    return discretise(torch.rand(2, len(EDGES), len(NAMES), generator=rng(*key)))
+
+def perturb(base, member, *key):
+    """The base with as many entries changed at random as `member` has: the control for the dial.
+
+    Like for like: as many inputs, and of these as many operations, are the base's as member's are.
+    """
+    inputs = lambda arch: (arch.sum(dim=-1) * base.sum(dim=-1)).sum(dim=(-2, -1))
+    entries, generator = lambda arch: matched_entries(arch, base), rng(*key)
+    draw = lambda O: torch.rand(1000, 2, len(EDGES), O, generator=generator)
+    while True:  # a random architecture that keeps an input, or its entry, more or less often
+        stays = draw(1) < inputs(member) / ENTRIES
+        same = draw(1) < entries(member) / inputs(member)
+        leaning = torch.where(stays, 1 + same * base, -1)  # stronger than all others, or weaker
+        archs = discretise(draw(len(NAMES)) + leaning * base.sum(dim=-1, keepdim=True))
+        alike = (inputs(archs) == inputs(member)) & (entries(archs) == entries(member))
+        if alike.any():
+            return archs[alike.nonzero()[0, 0]]
+
+def random_architectures(count, args):
+    return [random_architecture(args.seed, "random", i) for i in range(count)]
+
+def darts_searches(data, args):
+    """As many DARTS searches as members, independent of each other; the base is the first."""
+    names = ["base", *(f"base-{i}" for i in range(1, args.samples))]
+    deal_out({(name,): (base_search, name) for name in names}, data, args)
+    alphas = [load_network(name, args)["architecture"]["alpha"] for name in names]
+    return names, [discretise(alpha.softmax(dim=-1)) for alpha in alphas]
+
+# What stands beside ours: name -> a function that gives the names of its searches and its
+# architectures. If these are more than --samples, `forward_selection` chooses of them. base: an
+# architecture; ours: the sampled ones. A new baseline is a line here.
+BASELINES = {
+    "single": lambda base, ours, data, args: (["base"], [base]),
+    "deep": lambda base, ours, data, args: (["base"], [base] * args.samples),
+    "random": lambda base, ours, data, args: ([], random_architectures(args.samples, args)),
+    "perturbed": lambda base, ours, data, args: (["base"], [
+        perturb(base, arch, args.seed, "perturbed", i) for i, arch in enumerate(ours)]),
+    "nes-rs": lambda base, ours, data, args: ([], random_architectures(2 * args.samples, args)),
+    "darts": lambda base, ours, data, args: darts_searches(data, args),
+}
+
+# ---- 9. Data: one uint8 tensor, four named splits ------------------------------------------------
+# train       the shared weights learn from it: L_train  } together "both": a member, whose
+# validation  alpha and the hypernetwork do: L_val       } architecture is fixed, learns from all
+# selection   chooses between finished networks (NES-RS does, and we did between recipes)
+# test        is looked at once, at the end
+# One set for two of these purposes would flatter the result.
+
+SHARES = {"train": 0.45, "validation": 0.45, "selection": 0.10}
+# Another data set of torchvision that has .data, .targets and .classes is a line here.
+TORCHVISION = {"fmnist": torchvision.datasets.FashionMNIST, "cifar10": torchvision.datasets.CIFAR10}
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+KNOWN = f"{', '.join(TORCHVISION)}, toy, or a folder of train/<class>/* and test/<class>/*"
+
+@dataclasses.dataclass
+class Data:
+    """Images with their splits, and how a network wants to see them."""
+    splits: dict         # name -> (images (N, C, H, W) uint8, labels (N,) int64)
+    classes: list        # names
+    mean: torch.Tensor   # (C, 1, 1), of the train split, pixels scaled to [0, 1]
+    std: torch.Tensor
+    shape: tuple         # (C, H, W)
+    crop: int = 0        # largest shift of a training image, pixels
+    mirror: bool = False
+    digest: str = ""     # of pixels, labels and classes: a run folder notices a change
+
+    def normalise(self, images):
+        """(B, C, H, W) uint8 -> float, mean 0 and std 1 in each channel, channels_last."""
+        x = (images.float() / 255 - self.mean) / self.std
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def batch(self, split, size, step, key, augment=True):
+        """Batch number `step` of endless epochs over a split: images (B, C, H, W), labels (B,).
+
+        Each epoch has its own order, which `key` decides, and drops its last, incomplete batch.
+        """
+        images, labels = self.splits[split]
+        size = min(size, len(labels))
+        epoch, position = divmod(step, len(labels) // size)
+        order = torch.randperm(len(labels), generator=rng(*key, "epoch", epoch))
+        chosen = order[position * size:][:size].to(labels.device)
+        x, y = images[chosen], labels[chosen]
+        if augment and (self.crop or self.mirror):
+            torch.manual_seed(rng(*key, "augment", step).initial_seed())
+            change = v2.Compose([v2.RandomCrop(self.shape[1:], self.crop, padding_mode="edge"),
+                                 v2.RandomHorizontalFlip(0.5 * self.mirror)])
+            x = torch.stack([change(image) for image in x])
+        return self.normalise(x), y
+
+def load_data(dataset, data_dir="data", image_size=32, seed=0, device="cpu", crop=0, mirror=False):
+    """Read a data set and split its training part at random by `seed` into the shares above.
+
+    dataset: one of KNOWN; "./toy" is a folder. Raises NesError where it cannot be read.
+    """
+    if dataset == "toy":
+        train, test, classes = toy(2400, "train"), toy(600, "test"), TOY_CLASSES
+    elif dataset in TORCHVISION:
+        train, test, classes = read_torchvision(TORCHVISION[dataset], Path(data_dir))
+    else:
+        train, test, classes = read_folder(Path(dataset), image_size)
+    digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in (*train, *test)))
+    digest.update(json.dumps(classes).encode())
+    order = torch.randperm(len(train[1]), generator=rng(seed, "splits"))
+    splits, start = {"test": test}, 0
+    for name, share in SHARES.items():
+        chosen = order[start:start + int(share * len(order))]
+        splits[name], start = tuple(part[chosen] for part in train), start + len(chosen)
+    if not all(len(labels) for _, labels in splits.values()):
+        fail(f"{dataset} has {len(order)} training images, too few for three splits: give it 20")
+    splits["both"] = tuple(map(torch.cat, zip(splits["train"], splits["validation"])))
+    pixels = splits["train"][0].float() / 255
+    std, mean = (v.view(-1, 1, 1).to(device) for v in torch.std_mean(pixels, dim=(0, 2, 3)))
+    splits = {name: (x.to(device), y.to(device)) for name, (x, y) in splits.items()}
+    return Data(splits, classes, mean, std.clamp_min(1e-3), tuple(test[0].shape[1:]), crop, mirror,
+                digest.hexdigest()[:8])
+
+def read_torchvision(dataset_class, root):
+    """Train and test part, (images (N, C, H, W), labels) each, and the classes of a data set.
+
+    From `root`; else Fashion-MNIST from Debian's package; else downloaded to `root`.
+    """
+    parts, raw = [], root / "FashionMNIST" / "raw"
+    try:
+        for archive in DEBIAN_FASHION_MNIST.glob("*.gz") if "Fashion" in str(dataset_class) else ():
+            if not (raw / archive.stem).exists():
+                save(raw / archive.stem, gzip.decompress(archive.read_bytes()))
+        for train in (True, False):
+            part = dataset_class(root, train=train, download=True)  # only what is not there
+            images = torch.as_tensor(part.data)
+            images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2).contiguous()
+            parts.append((images, torch.as_tensor(part.targets)))
+    except Exception as error:  # no network, no room, or whatever a damaged file raises
+        fail(f"cannot read or download {dataset_class.__name__} in {root} ({error}): check the "
+             "network, or delete the damaged files there, or name the right folder with --data-dir "
+             "(or, for Fashion-MNIST, install Debian's package dataset-fashion-mnist)")
+    return *parts, part.classes
+
+def read_image(path, shape):
+    """An image file as (C, H, W) uint8, resized; shape: (C, H, W), one channel for grey.
+
+    As a viewer shows it: turned as the file says, and white where it is transparent.
+    """
+    steps = [v2.Resize(shape[1:]), *[v2.Grayscale()] * (shape[0] == 1), v2.PILToTensor()]
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":  # which would become white
+                raise ValueError(f"its pixels are {image.mode}, not of 8 bits")
+            image = ImageOps.exif_transpose(image).convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            return v2.Compose(steps)(Image.alpha_composite(white, image).convert("RGB"))
+    except Exception as error:  # a damaged image raises OSError, SyntaxError or ValueError
+        fail(f"cannot read the image {path} ({error}): remove or replace it")
+
+def list_images(part):
+    """The files part/<class>/**/* that Pillow can read, in order, as paths relative to `part`.
+
+    Hidden names are not looked into; other files are counted in a sentence.
+    """
+    readable = {end for end, name in Image.registered_extensions().items() if name in Image.OPEN}
+    files = sorted(path for path in map(Path, glob.glob("*/**/*", root_dir=part, recursive=True))
+                   if not {"@eaDir", "__MACOSX"} & {*path.parts} and (part / path).is_file())
+    images = [path for path in files if path.suffix.lower() in readable]
+    if others := {*files} - {*images}:
+        say(f"{part}: left out {len(others)} files that are no images, such as {min(others)}")
+    return images
+
+def read_folder(root, size):
+    """Images under root/{train,test}/<class>, resized to (size, size); grey if all of them are."""
+    files = {root / part: list_images(root / part) for part in ("train", "test")}
+    classes, others = (sorted({path.parts[0] for path in paths}) for paths in files.values())
+    if classes != others or len(classes) < 2:
+        fail(f"--dataset {root} is none of {KNOWN}, whose two or more classes are the same in both: "
+             f"train has {classes} and test has {others}")
+    images = [torch.stack([read_image(part / path, (3, size, size)) for path in paths])
+              for part, paths in files.items()]
+    if all((x == x[:, :1]).all() for x in images):
+        images = [x[:, :1].contiguous() for x in images]
+    labels = [torch.tensor([classes.index(path.parts[0]) for path in paths])
+              for paths in files.values()]
+    return *zip(images, labels), classes
+
+TOY_CLASSES = ["disc", "ring", "square", "diamond", "plus", "cross"]
+
+def toy(count, *key):
+    """Noisy drawings of six shapes: images (count, 1, 16, 16) uint8 and labels (count,)."""
+    generator = rng("toy", *key)
+    draw = lambda low, high: low + (high - low) * torch.rand(count, 1, 1, generator=generator)
+    axis, size = torch.arange(16.0), draw(3, 6)
+    u = ((axis.view(1, 16, 1) - draw(5, 10)) / size).abs()   # (count, 16, 1), 1 at the shape's edge
+    v = ((axis.view(1, 1, 16) - draw(5, 10)) / size).abs()
+    radius, box = (u * u + v * v).sqrt(), torch.maximum(u, v)
+    shapes = torch.stack([radius < 1, (radius < 1) & (radius > 0.6), box < 0.9, u + v < 1.2,
+                          (torch.minimum(u, v) < 0.3) & (box < 1),
+                          ((u - v).abs() < 0.35) & (box < 1)])
+    labels = torch.randint(len(TOY_CLASSES), (count,), generator=generator)
+    ink = shapes[labels, torch.arange(count)] * draw(40, 90) * draw(-1, 1).sign()
+    noise = 25 * torch.randn(count, 16, 16, generator=generator)
+    return (128 + ink + noise).clamp(0, 255).byte()[:, None], labels
+
+# ---- 10. Settings --------------------------------------------------------------------------------
+
+# Group -> rows: name, default, lowest value or the choices, what it is
+SETTINGS = {
+    "what to run": [
+        ("dataset", "fmnist", None, KNOWN),
+        ("samples", 5, 1, "members of the ensemble"),
+        ("one-shots", 20, 1, "members of the larger ensemble that is scored in one shot"),
+        ("baselines", [], ("all", *BASELINES), "other ensembles to train, too; see section 8"),
+        ("seed", 0, 0, "of everything random"),
+        ("device", "auto", None, "cpu, cuda, mps, or auto: an accelerator if there is one"),
+        ("workers", 0, 0, "processes that share the networks on a CPU; 0: one a core; 1: no other"),
+        ("out", "", None, "run folder; if empty, runs/<dataset>-<objective>-<seed>")],
+    "data": [
+        ("data-dir", "data", None, "where torchvision's data sets are, or are downloaded to"),
+        ("image-size", 32, 8, "side to which a folder's images are resized, pixels"),
+        ("crop", 0, 0, "largest random shift of a training image, pixels"),
+        ("mirror", False, None, "mirror half of the training images; not for digits or text")],
+    "search": [
+        ("search-channels", 8, 2, "channels of the supernet's first cell"),
+        ("search-batch", 64, 2, "images of a step"),
+        ("base-steps", 150, 1, "steps of the base search (DARTS)"),
+        ("hyper-steps", 1000, 1, "steps of the hypernetwork's training"),
+        ("search-lr", 0.05, 0, "learning rate of the weights; it and the next two fall to 0"),
+        ("alpha-lr", 0.01, 0, "learning rate of alpha in the base search"),
+        ("hyper-lr", 0.06, 0, "learning rate of the hypernetwork"),
+        ("second-order", False, None, "base search by the exact second-order gradient")],
+    "diversity": [
+        ("objective", "target", ("target", "paper"), "c (share - lambda)^2 or - lambda JSd"),
+        ("lambda-max", 1.0, 1e-6, "Lambda, the largest diversity"),
+        ("strength", 30.0, 0, "c, of the target objective"),
+        ("pivots", 6, 2, "K, pivots of the hypernetwork"),
+        ("noise", 0.3, 0, "scale of the Gumbel noise at the start; it falls to 0")],
+    "members": [
+        ("shared-epochs", 5, 0, "epochs of the one-shot weights; 0: the search's own"),
+        ("channels", 16, 2, "channels of a member's first cell"),
+        ("cells", 2, 1, "cells of a member"),
+        ("epochs", 5, 1, "epochs of a member's training"),
+        ("batch", 64, 2, "images of a step"),
+        ("lr", 0.006, 0, "largest learning rate")],
+}
+TOY_DEFAULTS = {"base_steps": 60, "hyper_steps": 400, "epochs": 8, "shared_epochs": 8,
+                "channels": 8}
+# What two commands that share a run folder may have different; of the data the digest tells
+FREE = {"dataset", "samples", "one_shots", "baselines", "device", "workers", "out", "data_dir"}
+
+def finite(kind, lowest):
+    """What argparse is to read a number with."""
+    def number(text):
+        if not lowest <= kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {lowest} up")
+        return kind(text)
+    return number
+
+def parse(argv=None):
+    """The settings, from a command line. Raises NesError on a flag that cannot be."""
+    parser = argparse.ArgumentParser("nes.py", usage="nes.py [flags]", allow_abbrev=False,
+                                     description=__doc__.partition('"Diff')[0],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message}; see --help")
+    for title, rows in SETTINGS.items():
+        group = parser.add_argument_group(title)
+        for name, default, allowed, text in rows:
+            kind = {bool: {"action": "store_true"}, list: {"nargs": "*", "choices": allowed},
+                    str: {"choices": allowed}}.get(type(default)) or {
+                "type": finite(type(default), allowed)}
+            group.add_argument(f"--{name}", default=default, help=f"{text} (%(default)s)", **kind)
+    if parser.parse_args(argv).dataset == "toy":
+        parser.set_defaults(**TOY_DEFAULTS)
+    args = parser.parse_args(argv)
+    if args.lambda_max > 1 and args.objective == "target":
+        parser.error("--lambda-max is at most 1 with --objective target, whose lambda is a share")
+    args.baselines = list(BASELINES) if "all" in args.baselines else args.baselines
+    name = Path(args.dataset).resolve().name
+    args.out = args.out or f"runs/{name}-{args.objective}-{args.seed}"
+    return args
+
+def set_up(args):
+    """Choose the device, and join the other processes of a torchrun."""
+    global RANK, WORLD, barrier
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    there = ["cpu", accelerator.type] if accelerator else ["cpu"]
+    args.device = there[-1] if args.device == "auto" else args.device
+    if args.device not in there:
+        fail(f"there is no --device {args.device} on this machine: choose from {', '.join(there)}")
+    if os.environ.get("WORLD_SIZE", "") in ("", "1"):
+        return
+    try:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        RANK, WORLD, barrier = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), dist.barrier
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # they wait for one another
+    except (KeyError, ValueError, RuntimeError) as error:
+        fail(f"WORLD_SIZE is set, but the other processes cannot be joined ({error}): start nes.py "
+             "by torchrun, or unset WORLD_SIZE")
+
+# ---- 11. Keeping work: errors are sentences, randomness has names, results outlive the process ---
+
+VERSION = 4  # of the files in a run folder
+
+class NesError(Exception):
+    """What went wrong and what to do, in one sentence. `main` prints it and ends with status 2."""
+
+def fail(sentence):
+    raise NesError(" ".join(sentence.split()))  # one line, whatever a library's words in it held
+
+def rng(*key):
+    """A random generator that depends on `key` alone, for example (seed, "batch", epoch).
+
+    No random state is carried from step to step, so that a resumed run has none to restore.
+    """
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+def save(path, state):
+    """Write a checkpoint (.pt), text or bytes; a kill leaves the old file or the new, no half."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".pt":
+            torch.save({"version": VERSION, **state}, part)
+        else:
+            text = isinstance(state, str)
+            part.write_bytes(state.encode(errors="backslashreplace") if text else state)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        part.unlink(missing_ok=True)
+        fail(f"cannot write {path} ({error}): make room, or choose another place with --out, for "
+             "data with --data-dir")
+
+def remove_parts(folder):
+    """Remove what a kill in the midst of `save` left, but nothing that a living process writes."""
+    for part in Path(folder).rglob("*.part"):
+        try:
+            os.kill(int(part.suffixes[-2][1:]), 0)  # sends nothing; raises if that process is gone
+        except ProcessLookupError:
+            part.unlink(missing_ok=True)
+        except PermissionError:  # it lives, and is another user's
+            pass
+
+def load(path):
+    """What `save` wrote to a .pt or .json file; None where there is none. Raises NesError."""
+    path = Path(path)
+    try:
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        fail(f"cannot read {path} ({error.strerror}): is it the right file, and yours to read?")
+    except Exception as error:  # a damaged zip, pickle or JSON file raises almost anything
+        fail(f"{path} is damaged ({type(error).__name__}), or no file of nes.py. One of a run "
+             "folder: delete it and repeat the command, which computes what it held again")
+    if not isinstance(state, dict) or state.get("version") != VERSION:
+        fail(f"{path} is not from this version of nes.py: choose another --out")
+    return state
+
+def file_of(name, args):
+    """Where a finished phase or network is; what is still in training is unfinished/<name>."""
+    return Path(args.out) / f"{name}.pt"
+
+def load_network(name, args):
+    return load(file_of(name, args))
+
+def finish(name, args, **more):
+    """Keep what `resumable` has trained, and `more`, as <out>/<name>.pt, without the optimizers.
+
+    Several processes may do so at once: settings decide what they write, and a checkpoint is never
+    in a finished file's place. Where it is gone, another one was here first.
+    """
+    if state := load_network(f"unfinished/{name}", args):
+        kept = {part: value for part, value in state.items() if "optimizer" not in part}
+        save(file_of(name, args), kept | more)
+        file_of(f"unfinished/{name}", args).unlink(missing_ok=True)
+
+def check_settings(data, args):
+    """Refuse a run folder of other settings, images or nes.py; else note the settings there."""
+    path = Path(args.out) / "settings.json"
+    now = {"version": VERSION, "images": data.digest, "operations": NAMES}
+    now |= {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in FREE}
+    before = load(path) or now
+    changed = [f"{k} {before.get(k)} (now {now[k]})" for k in now if before.get(k) != now[k]]
+    if changed:
+        fail(f"{args.out} holds a run with {', '.join(changed)}: choose another --out, or those "
+             "settings")
+    if RANK == 0:
+        save(path, json.dumps(now, indent=1))
+
+def resumable(name, steps, parts, data, args):
+    """The loop under all training: yields (step, losses) for each step that is still to do.
+
+    name: of the phase and its file; parts: name -> module or optimizer, loaded from the file where
+    it is there. The body puts its losses into `losses`. At least 15 times, and every 100 steps,
+    their means become a log row, and the file is written: the parts, "step", "seconds" and
+    "history", a list of {"step": ..., loss: mean}.
+    """
+    check_settings(data, args)
+    state = load_network(name, args) or load_network(f"unfinished/{name}", args) or {
+        "step": 0, "seconds": 0.0, "history": []}
+    for part in parts.keys() & state.keys():
+        parts[part].load_state_dict(state[part])
+    if 0 < state["step"] < steps:
+        print(f"{name}: goes on after step {state['step']} of {steps}", flush=True)
+    start, sums = time.monotonic() - state["seconds"], {}
+    for step in range(state["step"], steps):
+        losses = {}
+        yield step, losses
+        sums = {key: sums.get(key, 0) + value.detach() for key, value in losses.items()}
+        done = step + 1
+        if done % max(1, min(100, steps // 15)) and done < steps:
+            continue
+        means = {key: float(value) / (done - state["step"]) for key, value in sums.items()}
+        if not all(map(math.isfinite, means.values())):
+            fail(f"the loss of {name} is not a number at step {done}: lower --lr (in a search "
+                 "--search-lr, --alpha-lr or --hyper-lr), in another --out")
+        history = [*state["history"], {"step": done, **means}]
+        sums, state = {}, {"step": done, "seconds": time.monotonic() - start, "history": history}
+        words = "  ".join(f"{key} {value:.3f}" for key, value in means.items())
+        print(f"{name:<19}{done:>6}/{steps:<6}{words}   {state['seconds']:6.0f} s, "
+              f"{state['seconds'] * (steps / done - 1):5.0f} s left", flush=True)
+        save(file_of(f"unfinished/{name}", args),
+             state | {part: module.state_dict() for part, module in parts.items()})
+
+def anneal(optimizer, factor):
+    """Set the learning rate to `factor` of the one that the optimizer was made with."""
+    for group in optimizer.param_groups:
+        group["lr"] = factor * optimizer.defaults["lr"]
+
+def load_hypernetwork(folder):
+    """The HyperNetwork of a run folder: `sample` reads an architecture off it at any lambda."""
+    state = load(Path(folder) / "hyper.pt") or fail(f"{folder} holds no hyper.pt: run nes.py first")
+    kept = state["architecture"]
+    hyper = HyperNetwork(kept["table"][0], len(kept["pivots"]), kept["pivots"][-1].item())
+    hyper.load_state_dict(kept)
+    return hyper
+
+def load_member(path):
+    """A finished network from its file alone: (net, data), on the CPU, net in eval mode.
+
+    data has no images, but tells how the network wants to see them: probs = net(data.normalise(
+    images)).softmax(-1), images (B, *data.shape) uint8; probs[:, k] belongs to data.classes[k].
+    """
+    state = load(path) or fail(f"there is no {path}: results.json names the file of each member")
+    if "network" not in state:
+        fail(f"{path} holds no finished network: choose a file of members/ or one_shot/")
+    net = Network(**state["network"])
+    net.load_state_dict(state["net"])
+    return net.eval(), Data({}, state["classes"], state["mean"], state["std"], state["shape"])
+
+def load_ensemble(folder, one_shots=0):
+    """The Ensemble of a run folder: its trained members, or its first `one_shots` in one shot."""
+    results = load(Path(folder) / "results.json") or fail(
+        f"{folder} holds no results.json: finish that run first")
+    shots = results["one_shots"]["files"]
+    if not 0 <= one_shots <= len(shots):
+        fail(f"{folder} has {len(shots)} one-shot networks, not {one_shots}: for more repeat its "
+             "command with a larger --one-shots")
+    files = shots[:one_shots] if one_shots else [member["file"] for member in results["members"]]
+    members, data = zip(*(load_member(Path(folder) / file) for file in files))
+    return Ensemble(members, data[0])
+
+# ---- 12. Pictures --------------------------------------------------------------------------------
+
+STATES = ["c[k-2]", "c[k-1]", "node 0", "node 1", "node 2", "node 3"]
+
+def plot_cell(axis, entries, base=(), title=""):
+    """A cell, to be read from top to bottom: a column for each input and node.
+
+    entries: of one kind, as `genotype` lists them. Each is an arrow from its source's column to its
+    node's, with its operation on it, orange where it is not in `base`. Below its two arrows a node
+    holds their sum, and at the bottom the four nodes are concatenated.
+    """
+    style, height = {"ha": "center", "va": "center", "fontsize": 7.5}, 3
+    box = {"boxstyle": "round", "fc": "lightgrey", "ec": "grey"}
+    bottom = -height * NODES - 0.3
+    for column, label in enumerate(STATES):
+        first = height * (2 - column)  # where a node's first arrow ends
+        top, place = (1.5, 1.5) if column < 2 else (first, first - 1.8)
+        axis.plot([column, column], [top, bottom], color="lightgrey", lw=1, zorder=0)
+        axis.text(column, place, label, bbox=box, **style)
+    for i, (name, source) in enumerate(entries):
+        node, y = i // 2 + 2, -height * (i // 2) - i % 2
+        known = not base or [name, source] in base[i // 2 * 2:][:2]
+        color = "tab:blue" if known else "tab:orange"
+        axis.annotate("", (node, y), (source, y), arrowprops={
+            "arrowstyle": "-|>", "color": color, "lw": 2, "shrinkA": 0, "shrinkB": 0})
+        axis.text((source + node - 0.1) / 2, y + 0.42, name, color=color, bbox={
+            "pad": 0.3, "fc": "white", "ec": "none"}, **style)
+    axis.text(3.5, bottom, "c[k]: the four nodes, concatenated", bbox=box, **style)
+    axis.set(xlim=(-0.5, 5.5), ylim=(bottom - 0.6, 2.1), title=title)
+    axis.axis("off")
+
+def plot_response(axis, responses, members):
+    """Matched entries against lambda, mean and range of one or more runs; members are marked."""
+    read = lambda points, key: torch.tensor([float(point[key]) for point in points])
+    lam = read(responses[0], "lambda")
+    lines = torch.stack([read(points, "matched_entries") for points in responses])
+    axis.plot(lam, ENTRIES * (1 - lam / max(1, lam[-1])), ":", color="grey", label="ideal")
+    axis.axhline(CHANCE_ENTRIES, ls="--", color="grey", label="chance")
+    axis.fill_between(lam, lines.amin(0), lines.amax(0), alpha=0.3)
+    axis.plot(lam, lines.mean(0), "o-", label="read off the hypernetwork")
+    axis.plot(read(members, "lambda"), read(members, "matched_entries"), "D", color="tab:orange",
+              label="sampled members")
+    axis.set(xlabel="lambda", ylabel=f"entries of {ENTRIES} that are the base's", title="The dial")
+    axis.legend(fontsize=8)
+
+def plot_sizes(axis, probs, labels):
+    """Accuracy of the first 1, 2, ..., M members together, and of each alone; probs (M, N, Y)."""
+    accuracy = lambda p: 100 * ensemble_metrics(p, labels)["accuracy"]
+    sizes = range(1, len(probs) + 1)
+    axis.plot(sizes, [accuracy(probs[:m]) for m in sizes], "o-", label="the first members together")
+    axis.plot(sizes, [accuracy(p[None]) for p in probs], "x", color="grey", label="each alone")
+    axis.set(xlabel="members", ylabel="test accuracy, %", title="Accuracy against ensemble size",
+             xticks=sizes)
+    axis.legend(fontsize=8)
+
+def plot_reliability(axis, probs, labels):
+    """Accuracy against confidence in bins: on the diagonal, it is right as often as it is sure."""
+    confidence, choice = probs.mean(dim=0).max(dim=-1)
+    bins = confidence_bins(confidence)
+    means = lambda v: [v[bins == b].double().mean() for b in bins.unique()]
+    axis.plot([0, 1], [0, 1], ":", color="grey", label="calibrated")
+    axis.plot(means(confidence), means(choice == labels), "o-", label="ensemble")
+    axis.set(xlabel="confidence", ylabel="accuracy", title="Reliability of the ensemble")
+    axis.legend(fontsize=8)
+
+def save_pictures(results, labels, args):
+    """results.png: the dial, ensemble size, reliability; cells.png: the base, 20 members at most."""
+    members, base = results["members"], results["base"]["genotype"]
+    probs = torch.stack([load(Path(args.out) / member["file"])["test"] for member in members])
+    cells = [("base (below, orange is what it has not)", base)]
+    cells += [(f"lambda {member['lambda']:.2f}, {member['matched_entries']} of 16 entries",
+               member["genotype"]) for member in members[:20]]
+    figures = {"results": Figure((15, 4)), "cells": Figure((11, 4.2 * len(cells)))}
+    dial, size, reliability = figures["results"].subplots(1, 3)
+    plot_response(dial, [results["lambda_response"]["points"]], members)
+    plot_sizes(size, probs, labels)
+    plot_reliability(reliability, probs, labels)
+    for axes, (title, cell) in zip(figures["cells"].subplots(len(cells), 2), cells):
+        for axis, kind in zip(axes, KINDS):
+            plot_cell(axis, cell[kind], base[kind], f"{title}: {kind} cell")
+    for name, figure in figures.items():
+        figure.savefig(png := io.BytesIO(), dpi=110, bbox_inches="tight")
+        save(Path(args.out) / f"{name}.png", png.getvalue())
+
+# ---- 13. The run ---------------------------------------------------------------------------------
+# A run is one process or several, ranks of this program. They share nothing but files and a
+# barrier: the first searches, then each trains its part of the networks. What they find does not
+# depend on how many they are.
+
+RANK, WORLD, barrier = 0, 1, lambda: None  # this one, of how many; wait for all of them
+
+def say(text):
+    if RANK == 0:
+        print(text, flush=True)
+
+def run(args):
+    """All steps of the method in turn, as one rank; in the end all is in the folder args.out."""
+    say("settings: " + "  ".join(f"{name}={value}" for name, value in vars(args).items()))
+    if RANK > 0:
+        barrier()  # the first rank searches, then the others find its files
+    remove_parts(args.out)
+    data = load_data(args.dataset, args.data_dir, args.image_size, args.seed, args.device,
+                     args.crop, args.mirror)
+    say("data: " + "  ".join(f"{name} {len(y)}" for name, (_, y) in data.splits.items()))
+    net, base_p = base_search("base", data, args)
+    base = discretise(base_p)
+    say(f"the base: {count_operations(base)}")
+    hyper = train_hypernetwork(net, base_p, data, args)
+    if RANK == 0:
+        barrier()
+    response = lambda_response(hyper, base_p, args.lambda_max)
+    print_table(response["points"], ["lambda", "matched_entries"])
+    say("Spearman's correlation {spearman:.3f} (ideal: -1), calibration error "
+        "{calibration_error:.3f} (ideal: 0)".format(**response))
+    methods = make_networks(base, hyper, data, args)
+    if RANK == 0:
+        rows = {method: score(method, *made, base, data, args) for method, made in methods.items()}
+        members = describe(hyper, base_p, sample_lambdas(args.samples, args.lambda_max))
+        report(rows, response, members, base, data, args)
+    barrier()
+
+def make_networks(base, hyper, data, args):
+    """Train what every method needs: method -> (its searches, its networks, how many are taken).
+
+    Searches and networks are names of files, <out>/<name>.pt.
+    """
+    pool = sample(hyper, sample_lambdas(max(args.samples, args.one_shots), args.lambda_max))
+    ours, shots = pool[:args.samples], [f"one_shot/{fingerprint(arch)}" for arch in pool]
+    searches = ["base", "hyper", *["shared"] * (args.shared_epochs > 0)]
+    wanted = {"ours": (["base", "hyper"], ours)}
+    wanted |= {method: BASELINES[method](base, ours, data, args) for method in args.baselines}
+    methods, jobs = {}, {(*searches, *shots): (make_one_shots, shots, pool, hyper)}
+    for method, (needed, archs) in wanted.items():
+        names = [f"members/{fingerprint(arch)}-{i}" for i, arch in enumerate(archs)]
+        methods[method] = needed, names, args.samples
+        jobs |= {(name,): (train_member, name, arch, i)
+                 for i, (name, arch) in enumerate(zip(names, archs))}
+    deal_out(jobs, data, args)
+    for title, count in (("ours, one-shot", args.samples),
+                         (f"one-shot of {args.one_shots}", args.one_shots)):
+        methods[title] = searches, shots[:count], count
+    return methods
+
+def make_one_shots(names, archs, hyper, data, args):
+    """The shared weights and all one-shot networks: one job, whose scores stand before the rest."""
+    if args.shared_epochs:
+        train_shared("shared", hyper, data, args)
+    for name, arch in zip(names, archs):
+        if not file_of(name, args).exists():
+            make_one_shot(name, arch, data, args)
+    probs = torch.stack([load_network(name, args)["test"] for name in names])
+    scores = ensemble_metrics(probs, data.splits["test"][1].cpu())
+    print_table([{"one-shot of": len(names), **scores}], ["one-shot of", *scores])
+
+def deal_out(jobs, data, args):
+    """Do all jobs, (names of the files that it makes) -> (function, *arguments), each rank its part.
+
+    On a CPU with one thread: small kernels gain little from a second, and results do not depend on
+    the number of cores.
+    """
+    left = [job for names, job in jobs.items()
+            if not all(file_of(name, args).exists() for name in names)]
+    barrier()  # all have the same list before one of them finishes something
+    mine, threads = left[RANK::WORLD], torch.get_num_threads()
+    torch.set_num_threads(1 if args.device == "cpu" else threads)
+    for i, (function, *arguments) in enumerate(mine):
+        print(f"process {RANK}: job {i + 1} of {len(mine)}", flush=True)
+        function(*arguments, data, args)
+    torch.set_num_threads(threads)
+    barrier()
+
+def score(method, searches, names, count, base, data, args):
+    """The rows of a method: one for each of its networks, then one for the ensemble of `count`.
+
+    Of more networks `forward_selection` chooses. ledger.csv, results.json and the tables are made
+    of these rows. seconds: of a network its training, of an ensemble all that the method needs.
+    """
+    files = [load_network(name, args) for name in names]
+    test, selection = (torch.stack([file[split] for file in files])
+                       for split in ("test", "selection"))
+    labels, selection_labels = (data.splits[split][1].cpu() for split in ("test", "selection"))
+    chosen, lambdas = list(range(len(names))), [""] * len(names)
+    if len(names) > count:
+        chosen = forward_selection(selection, selection_labels, count)
+    if "hyper" in searches:
+        lambdas = sample_lambdas(len(names), args.lambda_max)
+    run = {"dataset": args.dataset, "seed": args.seed, "method": method}
+    rows = [run | {
+        "index": i, "chosen": int(i in chosen), "lambda": lambdas[i],
+        "entries": int(matched_entries(file["network"]["arch"], base)), "seconds": file["seconds"],
+        **ensemble_metrics(test[[i]], labels),
+        "selection_accuracy": ensemble_metrics(selection[[i]], selection_labels)["accuracy"],
+        "file": f"{name}.pt", "genotype": json.dumps(genotype(file["network"]["arch"]))}
+        for i, (name, file) in enumerate(zip(names, files))]
+    return [*rows, run | {
+        "index": "ensemble", "networks": len(rows),
+        "seconds": seconds_of([*searches, *names], args),
+        **ensemble_metrics(test[chosen], labels),
+        "member_mean": sum(rows[i]["accuracy"] for i in chosen) / len(chosen)}]
+
+def seconds_of(names, args):
+    """What some searches and networks took together, added up over processes."""
+    return round(sum(load_network(name, args)["seconds"] for name in set(names)))
+
+def report(rows, response, described, base, data, args):
+    """Write results.json, ledger.csv and the pictures; print tables. rows: method -> of `score`."""
+    ours, shots, more = rows["ours"], rows["ours, one-shot"], rows[f"one-shot of {args.one_shots}"]
+    members = [mine | member | {"one_shot": shot}
+               for mine, member, shot in zip(ours, described, shots)]
+    ensembles = [part[-1] for part in rows.values()]
+    results = {
+        "settings": vars(args) | {"images": data.digest},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "torchvision": torchvision.__version__},
+        "seconds": {"base": seconds_of(["base"], args), "hypernetwork": seconds_of(["hyper"], args),
+                    "members": ours[-1]["seconds"], "one_shot": shots[-1]["seconds"]},
+        "base": {"genotype": genotype(base), "operations": count_operations(base)},
+        "lambda_response": response, "members": members,
+        "methods": {row["method"]: row for row in ensembles},
+        "ensemble": ours[-1], "one_shot": shots[-1],
+        "one_shots": more[-1] | {"files": [row["file"] for row in more[:-1]]}}
+    rows = sum(rows.values(), [])
+    writer = csv.DictWriter(text := io.StringIO(), dict.fromkeys(sum(map(list, rows), [])),
+                            restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    save(Path(args.out) / "results.json", json.dumps(results, indent=1))
+    save(Path(args.out) / "ledger.csv", text.getvalue())
+    save_pictures(results, data.splits["test"][1].cpu(), args)
+    print_table(members, ["index", "lambda", "entries", "accuracy", "nll", "ece"])
+    print_table(ensembles, [key for key in ours[-1] if key not in ("dataset", "seed", "index")])
+    say(f"\neverything is in {args.out}")
+
+def print_table(rows, columns):
+    """Some columns of rows, dicts, as Markdown."""
+    lines = [columns, *([f"{row[key]:.4f}" if isinstance(row[key], float) else str(row[key])
+                         for key in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    say("\n" + "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines))
+
+@contextlib.contextmanager
+def sentences(speaks=lambda: True):
+    """End the process with one sentence: an error with status 2, Ctrl-C with 130."""
+    if hasattr(sys.stdout, "reconfigure"):  # a letter that the terminal lacks is no error
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    except NesError as error:
+        if speaks():
+            print(f"nes.py: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\nnes.py: stopped; the same command goes on where it was", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader has seen enough: ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+def start_ranks(count, args):
+    """Run this program as `count` processes on this machine, until all end or one fails."""
+    # glibc would give freed blocks back, and fault each large tensor in again, page by page: a
+    # member's step took 1.16 to 1.20 times as long (two threads, two pairs of runs).
+    os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_MAX_": "0"}
+    logging.getLogger(mp.spawn.__module__).setLevel("ERROR")  # a rank says itself what was wrong
+    unguarded = ("the processes cannot start: call nes.main in a file, under `if __name__ == "
+                 "\"__main__\":`, for each of them imports that file; or add --workers 1")
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if script and not Path(script).exists():  # read from standard input
+        fail(unguarded)
+    context = mp.get_context("spawn")
+    try:
+        mp.spawn(run_rank, (context.Barrier(count), context.Lock(), count, args), count, daemon=True)
+    except RuntimeError:  # this is such an import: the parent tells
+        raise SystemExit(1) from None
+    except mp.ProcessExitedException as error:
+        if error.exit_code == 1:
+            fail(unguarded)
+        if error.exit_code < 0:
+            fail(f"a process was ended by {error.signal_name}: repeat the command, with fewer "
+                 "--workers if memory is short")
+        raise SystemExit(error.exit_code) from None  # it has said why
+
+def run_rank(rank, wait_for_all, lock, count, args):
+    """A rank's whole life, which ends with its parent's, however that ended."""
+    global RANK, WORLD, barrier
+    RANK, WORLD, barrier = rank, count, wait_for_all.wait
+    # Linux sends SIGINT when the parent dies, which a run in the background has inherited ignored
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if mp.parent_process().is_alive():  # else it died before Linux was asked for that
+        with sentences(lambda: lock.acquire(block=False)):  # of several that fail alike one speaks
+            run(args)
+
+def main(argv=None):
+    """The program: parse the flags, run the method, return the results (what results.json holds).
+
+    An error ends the program with one sentence and exit status 2, Ctrl-C with 130.
+    """
+    with sentences():
+        args = parse(argv)
+        set_up(args)
+        path, count = Path(args.out) / "results.json", args.workers or torch.get_num_threads()
+        done = vars(args).items() <= ((load(path) or {}).get("settings") or {}).items()
+        if args.device == "cpu" and WORLD == 1 and count > 1 and not done:
+            start_ranks(count, args)
+        else:
+            run(args)
+        return load(path)
+
+# ---- 14. CPU kernels: what makes it fast there; skip at first reading ----------------------------
+
+class DepthwiseGradients(torch.autograd.Function):
+    """A depthwise convolution (bias-free, padding "same") whose gradients are forward convolutions.
+
+    With k taps, stride s, dilation d, padding p = d (k - 1) / 2 and output gradient g:
+        dL/dx = conv(g with s - 1 zeros between its pixels, flipped w, dilation d, padding p)
+        dL/dw = sum_B conv(x, kernel g, stride d, dilation s, padding p), its first k x k values
+    Exact. Most of a DARTS step on a CPU is this gradient, and PyTorch's CPU kernels run a depthwise
+    convolution with 5 taps or a dilation much faster forward than backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x, w, stride, dilation):
+        ctx.save_for_backward(x, w)
+        ctx.stride, ctx.dilation = stride, dilation
+        padding = dilation * (w.shape[-1] // 2)
+        return F.conv2d(x, w, None, stride, padding, dilation, groups=w.shape[0])
+
+    @staticmethod
+    def backward(ctx, g):
+        """dL/dx and, where w learns, dL/dw, as above; g (B, C, H', W') is dL/d(output)."""
+        (x, w), s, d = ctx.saved_tensors, ctx.stride, ctx.dilation
+        (B, C, H, W), k = x.shape, w.shape[-1]
+        p = d * (k // 2)
+        spread, gradient_w = g, None
+        if s > 1:
+            spread = torch.zeros_like(x)
+            spread[:, :, ::s, ::s] = g
+        if ctx.needs_input_grad[1] and k == 3 and d == 1:  # the one case with a fast kernel
+            gradient_w = torch.nn.grad.conv2d_weight(x, w.shape, g, s, p, d, groups=C)
+        elif ctx.needs_input_grad[1]:
+            image = x.permute(2, 3, 0, 1).reshape(1, H, W, B * C).permute(0, 3, 1, 2)
+            kernel = g.reshape(B * C, 1, *g.shape[2:])
+            taps = F.conv2d(image, kernel, None, d, p, s, groups=B * C)[:, :, :k, :k]
+            gradient_w = taps.reshape(B, C, 1, k, k).sum(0)
+        return F.conv2d(spread, w.flip(2, 3), None, 1, p, d, groups=C), gradient_w, None, None
+
+class DepthwiseConv(nn.Conv2d):
+    """A depthwise convolution with `taps` x `taps` values, padding "same", no bias."""
+
+    def __init__(self, C, taps, stride, dilation=1):
+        super().__init__(C, C, taps, stride, dilation * (taps // 2), dilation, groups=C, bias=False)
+
+    def forward(self, x):
+        if x.device.type == "cpu":
+            return DepthwiseGradients.apply(x, self.weight, self.stride[0], self.dilation[0])
+        return super().forward(x)
+
+def gradient_channels_last(x):
+    """x, whose gradient will be channels_last: torch.cat and the mean hand back slices and a
+    broadcast scalar, with which every operation upstream would take its slow path."""
+    if x.requires_grad:
+        x.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
+    return x
+
+if __name__ == "__main__":
+    main()
