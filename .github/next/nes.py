@@ -991,7 +991,8 @@ def save(path, state):
             part.write_bytes(state.encode(errors="backslashreplace") if text else state)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         fail(f"cannot write {path} ({error}): make room, or choose another place with --out, for "
              "data with --data-dir")
 
@@ -1009,13 +1010,15 @@ def load(path):
     """What `save` wrote to a .pt or .json file; None where there is none. Raises NesError."""
     path = Path(path)
     try:
-        if path.suffix == ".json":
-            return json.loads(path.read_text())
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         fail(f"cannot read {path} ({error.strerror}): is it the right file, and yours to read?")
+    try:
+        if path.suffix == ".json":
+            return json.loads(content)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged zip, pickle or JSON file raises almost anything
         fail(f"{path} is damaged ({type(error).__name__}), or no file of nes.py. One of a run "
              "folder: delete it and repeat the command, which computes what it held again")

@@ -1,0 +1,714 @@
+"""Tests of nes.py against independent computations, in the order of its sections.
+
+    pytest test_nes.py         # all tests, without a network
+    python test_nes.py         # benchmark: a search step of nes.py against the textbook's, below
+"""
+import copy
+import csv
+import gzip
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+if __name__ != "__main__":  # the benchmark uses all cores; the tests leave one to the tutorial
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import nbformat
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from nbclient import NotebookClient
+
+import nes
+
+# ---- the textbook supernet: each operation of each edge by itself, NCHW, gradients of everything.
+# w: an iterator over a nes.Network's weights, which come in the order in which they are used here
+
+norm = lambda x: F.batch_norm(x, None, None, training=True)
+align = lambda x, w: norm(F.conv2d(x, next(w)))
+
+def textbook_conv(x, w, stride, dilation=1):
+    taps = next(w)
+    padding = dilation * (taps.shape[-1] // 2)
+    return align(F.conv2d(F.relu(x), taps, None, stride, padding, dilation, x.shape[1]), w)
+
+def textbook_reduce(x, w):
+    moved = torch.zeros_like(x)
+    moved[:, :, :-1, :-1] = x[:, :, 1:, 1:]
+    return norm(torch.cat([F.conv2d(y, next(w), stride=2) for y in (x, moved)], dim=1))
+
+def textbook_op(name, x, w, stride):
+    if name == "max_pool_3x3":
+        return norm(F.max_pool2d(x, 3, stride, 1))
+    if name == "avg_pool_3x3":
+        return norm(F.avg_pool2d(x, 3, stride, 1, count_include_pad=False))
+    if name == "skip_connect":
+        return x if stride == 1 else textbook_reduce(F.relu(x), w)
+    x = textbook_conv(x, w, stride, 2 if name.startswith("dil") else 1)
+    return textbook_conv(x, w, 1) if name.startswith("sep") else x
+
+def textbook(network, x, arch, kinds):
+    """What a nes.Network without an architecture must give; kinds: of its cells, 1 reduces."""
+    w, before, last, reduced = iter(network.cells.parameters()), *[network.stem(x)] * 2, 0
+    for kind in kinds:
+        first, edges = textbook_reduce if reduced else align, iter(arch[kind])
+        states = [first(F.relu(before), w), align(F.relu(last), w)]
+        for node in range(4):
+            terms = [weight * textbook_op(name, states[source], w, 2 if kind and source < 2 else 1)
+                     for source in range(node + 2) for name, weight in zip(nes.NAMES, next(edges))]
+            states.append(sum(terms))
+        before, last, reduced = last, torch.cat(states[2:], dim=1), kind
+    assert next(w, None) is None
+    return network.classifier(last.mean((2, 3)))
+
+def benchmark(C=16, kinds=(0, 1, 0, 1, 0), batch=64, size=28, rounds=5):
+    """Seconds of a weight and an architecture step, nes.py and the textbook in turn; the ratio."""
+    torch.manual_seed(0)
+    plain = nes.Network(1, 10, C, len(kinds))
+    network = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    x, y = torch.randn(batch, 1, size, size), torch.randint(10, (batch,))
+    x_last = x.contiguous(memory_format=torch.channels_last)
+    alpha, ratios = torch.zeros(2, 14, 7, requires_grad=True), []
+    def textbook_steps():
+        for _ in range(2):
+            loss = F.cross_entropy(textbook(plain, x, alpha.softmax(-1), kinds), y)
+            torch.autograd.grad(loss, [alpha, *plain.parameters()])
+    def nes_steps():
+        F.cross_entropy(network(x_last, alpha.detach().softmax(-1)), y).backward()
+        network.requires_grad_(False)
+        torch.autograd.grad(F.cross_entropy(network(x_last, alpha.softmax(-1)), y), alpha)
+        network.requires_grad_(True)
+    for i in range(rounds + 1):
+        times = [time.time(), textbook_steps() or time.time(), nes_steps() or time.time()]
+        if i:  # the first round warms up
+            ratios.append((times[1] - times[0]) / (times[2] - times[1]))
+            print(f"nes.py {times[2] - times[1]:.2f} s, the textbook {ratios[-1]:.2f} times that")
+    print(f"median {sorted(ratios)[len(ratios) // 2]:.2f}, {torch.get_num_threads()} threads")
+
+TINY = ("--dataset toy --samples 2 --one-shots 3 --base-steps 4 --hyper-steps 12 --hyper-lr 0.5 "
+        "--epochs 1 --shared-epochs 1 --channels 4 --search-channels 4 --batch 256 "
+        "--search-batch 16 --device cpu --workers 1").split()
+TOY = nes.load_data("toy")
+IMAGES, LABELS = ({name: part[i] for name, part in TOY.splits.items()} for i in range(2))
+TUTORIAL = Path(__file__).with_name("tutorial.ipynb")
+tiny = lambda out, *flags: [*TINY, "--out", str(out), *flags]
+settings = lambda *flags: nes.parse(tiny(*flags))
+run_tiny = lambda *flags: nes.main(tiny(*flags))
+command = lambda *flags: [sys.executable, nes.__file__, *tiny(*flags)]
+tiny_net = lambda *key: nes.build(key, TOY, 4, 2)
+soft = lambda *key: torch.randn(2, 14, 7, generator=nes.rng(*key)).softmax(-1)  # an architecture
+all_equal = lambda a, b: all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+all_close = lambda a, b, **by: all(torch.allclose(*pair, **by) for pair in zip(a, b, strict=True))
+
+def wild_hypernetwork(base_p, scale=3.0):  # at the base at 0, and after that anywhere
+    hyper = nes.HyperNetwork(base_p.log())
+    hyper.table.data[1:] += scale * torch.randn(5, 2, 14, 7, generator=nes.rng("wild"))
+    return hyper
+
+def without_times(results):  # but with all else, which must be the same in two runs
+    kept = {name: v for name, v in results["settings"].items() if name not in nes.FREE}
+    text = json.dumps(results | {"seconds": None, "settings": kept})
+    return re.sub(r'"seconds": [0-9.e-]+', "", text)
+
+def ledger(out, method=None):  # all rows, or those of a method's networks
+    rows = list(csv.DictReader((out / "ledger.csv").open(newline="")))
+    return [row for row in rows if row["method"] == method and row["file"]] if method else rows
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    return out, run_tiny(out, "--baselines", "all")
+
+@pytest.fixture
+def bad(capsys, tmp_path):
+    def check(flags, *words):  # they must end it with status 2 and one sentence with these words
+        with pytest.raises(SystemExit) as stop:
+            run_tiny(tmp_path / "bad", *flags)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and re.fullmatch("nes.py: error: .*\n", error), error
+        assert all(word in error for word in words), error
+    return check
+
+def test_splits_are_disjoint_and_complete_and_the_seed_draws_them():
+    rows = {name: set(map(bytes, x.flatten(1).numpy())) for name, x in IMAGES.items()}
+    assert {name: len(found) for name, found in rows.items()} == {
+        "train": 1080, "validation": 1080, "selection": 240, "test": 600, "both": 2160}
+    assert len(set.union(*rows.values())) == 3000
+    assert rows["both"] == rows["train"] | rows["validation"]
+    assert not torch.equal(IMAGES["train"], nes.load_data("toy", seed=4).splits["train"][0])
+
+def test_batches_are_all_images_once_an_epoch_in_a_new_order_shifted_and_mirrored_in_training():
+    images, order, seen = torch.arange(8 * 25).byte().view(8, 1, 5, 5), [], set()
+    data = nes.Data({"both": (images, torch.arange(8))}, ["a"], torch.zeros(1, 1, 1),
+                    torch.ones(1, 1, 1), (1, 5, 5), crop=1, mirror=True)
+    for step in range(120):
+        x, y = data.batch("both", 2, step, ("k",))  # labels are the images' numbers
+        plain, labels = data.batch("both", 2, step, ("k",), augment=False)
+        assert torch.equal(y, labels) and torch.allclose(plain * 255, images[y].float())
+        order += y.tolist()
+        x, padded = (x * 255).round(), F.pad(images[y].float(), (1, 1, 1, 1), mode="replicate")
+        for i in range(2):  # next finds the shift and whether it is mirrored, or fails
+            seen.add(next((r, c, m) for r in range(3) for c in range(3) for m in range(2)
+                          if torch.equal(padded[i, :, r:r + 5, c:c + 5].flip([2] * m), x[i])))
+    epochs = {tuple(order[i:i + 8]) for i in range(0, 240, 8)}
+    assert all(sorted(epoch) == [*range(8)] for epoch in epochs)
+    assert len(epochs) == 30 and len(seen) == 18
+
+def test_cifar10_is_read_from_its_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
+    pixels = torch.randint(256, (4, 3072), dtype=torch.uint8).numpy()
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]
+    for i, name in enumerate(names):
+        nes.save(tmp_path / "cifar-10-batches-py" / name, pickle.dumps({
+            "data": pixels + i, "labels": [0, 1, 2, 3], "label_names": list("abcdefghij")}))
+    data = nes.load_data("cifar10", str(tmp_path))
+    assert sum(len(data.splits[name][1]) for name in nes.SHARES) == 20
+    assert torch.equal(data.splits["test"][0], torch.from_numpy(pixels + 5).view(4, 3, 32, 32))
+
+def test_discretise_on_a_worked_example():
+    p = torch.full((2, 14, 7), 0.01)
+    p[:, :, 2] = 0.1                                    # everywhere a weak skip_connect
+    p[0, 1, 3], p[0, 0, 0] = 0.5, 0.4                   # node 0: both its edges
+    p[0, 2, 4], p[0, 3, 1], p[0, 4, 6] = 0.3, 0.6, 0.5  # node 1: sources 1 and 2
+    arch = nes.discretise(p)
+    assert arch.sum() == 16 and set(arch.unique().tolist()) == {0, 1}
+    skips = [["skip_connect", 0], ["skip_connect", 1]]
+    first = [["max_pool_3x3", 0], ["sep_conv_3x3", 1], ["avg_pool_3x3", 1], ["dil_conv_5x5", 2]]
+    assert nes.genotype(arch) == {"normal": first + skips * 2, "reduction": skips * 4}
+    assert nes.count_operations(arch)["skip_connect"] == 12 and nes.discretise(arch).equal(arch)
+    many = torch.stack([soft(i) for i in range(6)]).view(2, 3, 2, 14, 7)
+    assert nes.discretise(many)[1, 2].equal(nes.discretise(soft(5)))
+
+@pytest.mark.parametrize("taps, stride, dilation, size", [
+    (t, s, d, size) for t in (3, 5) for s in (1, 2) for d in (1, 2) for size in (8, 7)])
+def test_depthwise_gradients_are_those_of_pytorch(taps, stride, dilation, size):
+    x = torch.randn(3, 4, size, size, dtype=torch.double, requires_grad=True)
+    conv = nes.DepthwiseConv(4, taps, stride, dilation).double()
+    found = conv(x), F.conv2d(x, conv.weight, None, stride, dilation * (taps // 2), dilation, 4)
+    gradients = (torch.autograd.grad(y.exp().sum(), [x, conv.weight]) for y in found)
+    assert torch.allclose(*found) and all_close(*gradients)
+    inputs = x[:1, :, :5, :5], conv.weight[:4], stride, dilation
+    assert torch.autograd.gradgradcheck(nes.DepthwiseGradients.apply, inputs)
+
+@pytest.mark.parametrize("size", [16, 13])
+def test_supernet_and_its_gradients_are_the_textbooks(size):
+    torch.manual_seed(0)
+    network = nes.Network(2, 3, 4, 3).double().to(memory_format=torch.channels_last)
+    x = torch.randn(3, 2, size, size, dtype=torch.double)
+    arch = torch.rand(2, 14, 7, dtype=torch.double, requires_grad=True)
+    found = network(x, arch), textbook(network, x, arch, (0, 1, 1))
+    assert torch.allclose(*found) and network.classifier.in_features == 4 * 4 * 2 * 2
+    assert all_close(*(torch.autograd.grad(y.square().sum(), [arch, *network.cells.parameters()])
+                       for y in found))
+
+def test_a_finished_network_is_the_supernet_with_its_architecture_also_in_eval_mode():
+    arch, x = nes.random_architecture(5), torch.randn(5, 1, 16, 16)
+    supernet, finished = nes.Network(1, 4, 4, 3), nes.Network(1, 4, 4, 3, arch)
+    missing = finished.load_state_dict(supernet.state_dict(), strict=False).missing_keys
+    assert missing and all(key.endswith(("weight", "bias")) for key in missing)  # scale 1, shift 0
+    for cell in supernet.cells:  # what has weight 0 is not run
+        for e, o in (arch[int(cell.reduction)] == 0).nonzero():
+            cell.edges[e].ops[nes.NAMES[o]].forward = None
+    for _ in range(2):
+        expected = supernet(x, arch)
+        assert torch.allclose(finished(x), expected, atol=1e-5)
+        supernet.load_state_dict(finished.state_dict(), strict=False)  # running statistics
+        supernet.eval(), finished.eval()
+
+def test_second_order_gradient_against_finite_differences():
+    torch.manual_seed(0)
+    net, y = nes.Network(1, 3, 2, 1).double(), torch.tensor([0, 1, 2, 0])
+    x, x_val = torch.randn(2, 4, 1, 8, 8, dtype=torch.double)
+    alpha = torch.randn(2, 14, 7, dtype=torch.double, requires_grad=True)
+    def loss(a):  # the definition: copy the network, take the inner step, see the validation loss
+        stepped = copy.deepcopy(net)
+        F.cross_entropy(stepped(x, a.detach().softmax(-1)), y).backward()
+        with torch.no_grad():
+            for p in stepped.parameters():
+                p -= 0.5 * p.grad
+            return F.cross_entropy(stepped(x_val, a.softmax(-1)), y).item()
+    mine = nes.second_order_loss(net, (x, y), (x_val, y), alpha.softmax(-1), 0.5)
+    gradient, = torch.autograd.grad(mine, alpha)
+    assert mine.item() == pytest.approx(loss(alpha))
+    for index in [(0, 0, 3), (0, 5, 0), (0, 9, 6), (0, 13, 2)]:
+        (step := torch.zeros_like(alpha))[index] = 1e-5
+        difference = (loss(alpha + step) - loss(alpha - step)) / 2e-5
+        assert gradient[index].item() == pytest.approx(difference, rel=1e-3, abs=1e-7)
+
+@pytest.mark.parametrize("second_order", [False, True])
+def test_a_round_is_an_sgd_step_on_w_alone_then_an_adam_step_on_alpha_alone(tmp_path, second_order):
+    args = settings(tmp_path, "--base-steps", "1", *["--second-order"] * second_order)
+    mine, (net, p) = tiny_net(0, "base"), nes.base_search("base", TOY, args)
+    alpha = torch.nn.Parameter(1e-3 * torch.randn(2, 14, 7, generator=nes.rng(0, "base")))
+    batches = [TOY.batch(split, 16, 0, (0, "base", split)) for split in ("train", "validation")]
+    loss = lambda arch, x, y: F.cross_entropy(mine(x, arch), y)
+    loss(alpha.detach().softmax(-1), *batches[0]).backward()
+    torch.nn.utils.clip_grad_norm_(mine.parameters(), 5.0)
+    torch.optim.SGD(mine.parameters(), args.search_lr, momentum=0.9, weight_decay=3e-4).step()
+    assert all_close(net.parameters(), mine.parameters(), atol=1e-6)
+    exact = lambda arch, *_: nes.second_order_loss(mine, *batches, arch, args.search_lr)
+    (exact if second_order else loss)(alpha.softmax(-1), *batches[1]).backward(inputs=[alpha])
+    torch.optim.Adam([alpha], args.alpha_lr, betas=(0.5, 0.999)).step()
+    assert torch.allclose(p, alpha.softmax(-1), atol=1e-5)
+
+def test_jensen_shannon_and_the_papers_term_which_is_minus_lambda_jsd_of_the_smoothed_base():
+    p, q = torch.rand(2, 50, 7, dtype=torch.double).softmax(-1)
+    entropy, jsd = lambda v: torch.special.entr(v).sum(-1), nes.jensen_shannon(p, q)
+    assert torch.allclose(jsd, entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2)
+    assert jsd.allclose(nes.jensen_shannon(q, p)) and jsd.min() > 0 and jsd.max() < math.log(2)
+    assert nes.jensen_shannon(p, p).abs().max() < 1e-12
+    assert nes.jensen_shannon(*torch.eye(7)[:2]).item() == pytest.approx(math.log(2))
+    logits = torch.tensor([500.0, 0, 0, 0, 0, 0, 0], requires_grad=True)
+    nes.jensen_shannon(logits.softmax(-1), torch.eye(7)[0]).backward()
+    assert logits.grad.isfinite().all()
+    smoothed = nes.smooth(soft("p"), 0.1)
+    assert torch.allclose(smoothed.sum(-1), torch.ones(2, 14))
+    assert smoothed.max().item() == pytest.approx(0.9 + 0.1 / 7)
+    assert nes.discretise(smoothed).equal(nes.discretise(soft("p")))
+    swapped = smoothed.roll(1, dims=-1)
+    jsd = nes.jensen_shannon(smoothed, swapped).mean().item()
+    assert nes.paper_diversity_loss(swapped, smoothed, 2.0).item() == pytest.approx(-2 * jsd)
+
+def test_the_diversity_term_is_the_jsd_of_the_finished_architecture_and_pushes_all_entries():
+    base = nes.discretise(soft("base"))
+    entries = lambda arch: {(kind, i // 2, *entry) for kind, cell in nes.genotype(arch).items()
+                            for i, entry in enumerate(cell)}
+    p = torch.stack([(soft("other", i).log() + (5 - i / 6) * base).softmax(-1)
+                     for i in range(40)]).requires_grad_()  # from the base itself to hardly a trace
+    archs, lams = nes.discretise(p), torch.linspace(0, 1, 40)
+    kept = torch.tensor([len(entries(arch) & entries(base)) for arch in archs])
+    share = 1 - kept / 16
+    assert torch.equal(nes.matched_entries(archs, base), kept) and 16 in kept and kept.min() < 4
+    assert torch.allclose(nes.divergence(archs, base), math.log(2) * share, atol=1e-6)
+    assert nes.divergence(archs[20], base).item() == pytest.approx(math.log(2) * share[20].item())
+    loss, over = nes.diversity_loss(archs, p, base, lams, 3.0), share - lams
+    gradient, = torch.autograd.grad(loss.sum(), p)
+    assert torch.allclose(loss, 3 * over**2, atol=1e-5)  # next: at all entries of the base, chosen
+    assert torch.allclose(gradient, 6 * over.view(-1, 1, 1, 1) * -base / 16, atol=1e-6)  # or not
+    slots = lambda tensor: tensor.flatten(-3, -2)  # lifted out, a base may have any dimensions
+    assert nes.diversity_loss(slots(archs), slots(p), slots(base), lams, 3.0).equal(loss)
+    assert nes.divergence(slots(archs), slots(base)).allclose(nes.divergence(archs, base))
+    assert nes.matched_entries(slots(archs), slots(base)).equal(kept)
+
+def test_hypernetwork_is_numpys_interpolation_and_trains_every_pivot():
+    hyper, pivots = nes.HyperNetwork(torch.zeros(2, 14, 7), 5, 4.0), torch.arange(5.0)
+    torch.nn.init.normal_(hyper.table)  # at a pivot, its own table; beside it, no jump
+    lam = torch.cat([torch.linspace(0, 4, 33), pivots[:-1] + 1e-4, pivots[1:] - 1e-4])
+    for mine, table in zip(hyper(lam).detach().flatten(1).T, hyper.table.detach().flatten(1).T):
+        assert numpy.allclose(mine, numpy.interp(lam, pivots, table), atol=1e-5)
+    hyper(lam).square().sum().backward()
+    assert all(hyper.table.grad[k].abs().max() > 0 for k in range(5))
+
+def test_sampled_lambdas_are_spread_for_any_count_and_training_has_both_ends_and_gumbel_noise():
+    few, many = nes.sample_lambdas(5, 2.0), nes.sample_lambdas(100, 2.0)
+    gaps = torch.tensor(sorted(many) + [2.0]).diff()
+    assert many[:5] == few and few[0] == 0 and gaps.max() < 3 * 2.0 / 100 and gaps.min() > 0
+    lams = nes.draw_lambdas(4000, 2.0, nes.rng("lambda"))
+    assert lams.min() == 0 and lams.max() == 2 and lams.mean().item() == pytest.approx(1, abs=0.05)
+    assert (lams == 0).double().mean().item() == pytest.approx(1 / 12, abs=0.02)  # the overshoot
+    logits, noise = torch.tensor([2.0, 1.0, 0.0]).repeat(20000, 1), nes.rng("noise")
+    drawn = nes.draw_probabilities(logits, 1.0, noise).argmax(-1).bincount() / 20000
+    assert torch.allclose(drawn, logits[0].softmax(-1), atol=0.02)  # the Gumbel trick
+    assert torch.allclose(nes.draw_probabilities(logits, 0.0, noise), logits.softmax(-1))
+
+def test_the_validation_loss_reaches_the_hypernetwork_and_diversity_all_its_pivots(tmp_path):
+    for strength, pivots, edges in (("0", (1, 2), 16), ("30", (6,), 32)):  # L_val alone, and both
+        args = settings(tmp_path / strength, "--strength", strength, "--hyper-steps", "1")
+        hyper = nes.train_hypernetwork(tiny_net(0), soft("b"), TOY, args)
+        moved = (hyper.table - nes.smooth(soft("b"), nes.TAU).log()).abs().amax(-1) > 1e-4
+        assert moved.any(-1).any(-1).sum() in pivots  # those beside one lambda, or beside sixteen
+        assert 0 < moved.any(0).sum() <= edges  # of the finished architecture, and of the base
+
+def test_a_thousand_architectures_in_one_shot():
+    base_p, lambdas, start = nes.smooth(soft("p"), 0.1), nes.sample_lambdas(1000), time.time()
+    hyper = wild_hypernetwork(base_p)
+    archs, members = nes.sample(hyper, lambdas), nes.describe(hyper, base_p, lambdas)
+    assert time.time() - start < 5
+    first, i = members[0], lambdas.index(max(lambdas))
+    assert (first["matched_entries"], first["jsd"]) == (16, 0)
+    p, far = hyper(lambdas[i]).softmax(-1), members[i]
+    assert torch.equal(archs[i], nes.discretise(p)) and far["genotype"] == nes.genotype(archs[i])
+    assert far["jsd"] == pytest.approx(1 - far["matched_entries"] / 16, abs=1e-6)
+
+def test_lambda_response_of_a_perfect_and_of_a_flat_dial():
+    base_p = nes.smooth(soft("b"), 0.1)
+    kept = nes.discretise(base_p).sum(-1).flatten().nonzero().flatten()
+    flat = nes.lambda_response(nes.HyperNetwork(base_p.log()), base_p, 1.0, count=5)
+    assert flat["calibration_error"] == pytest.approx(0.5) and flat["spearman"] == 0
+    for lambda_max, entries in ((1.0, 16), (0.5, 8), (4.0, 16)):  # a share, half of it, and beyond
+        hyper = nes.HyperNetwork(base_p.log(), entries + 1, lambda_max)
+        for k in range(entries + 1):  # at pivot k the first k entries have another operation
+            flipped = hyper.table.data[k].view(28, 7)
+            flipped[kept[:k]] = flipped[kept[:k]].roll(1, dims=-1)
+        dial = nes.lambda_response(hyper, base_p, lambda_max, count=entries + 1)
+        assert dial["spearman"] == pytest.approx(-1) and dial["calibration_error"] < 1e-6
+
+def test_members_and_shared_weights_see_all_images_every_epoch_reordered(tmp_path, monkeypatch):
+    args = settings(tmp_path, "--epochs", "2", "--shared-epochs", "2", "--batch", "240")
+    hyper, forward, seen, run = wild_hypernetwork(soft("b"), 1.0), nes.Network.forward, [], []
+    def spy(self, x, arch=None):
+        if self.training:
+            seen.append((x * TOY.std + TOY.mean).mul(255).round().byte().flatten(1))
+            run.append(arch)
+        return forward(self, x, arch)
+    monkeypatch.setattr(nes.Network, "forward", spy)
+    nes.train_member("a member", nes.random_architecture(1), 0, TOY, args)
+    nes.train_shared("shared", hyper, TOY, args)
+    epochs = [tuple(map(bytes, epoch.numpy())) for epoch in torch.cat(seen).split(2160)]
+    wanted = sorted(map(bytes, IMAGES["both"].flatten(1).numpy()))
+    assert len(set(epochs)) == 4 and all(sorted(epoch) == wanted for epoch in epochs)
+    on_dial = set(map(nes.fingerprint, nes.sample(hyper, torch.linspace(0, 1, 4001))))
+    sampled = {nes.fingerprint(arch) for arch in run[18:]}  # one a step
+    assert run[:18] == [None] * 18 and sampled <= on_dial and len(sampled) > 9
+
+def test_one_shot_networks_are_the_shared_weights_recalibrated_for_each_architecture(finished):
+    shared, archs = tiny_net(0), [nes.random_architecture(i) for i in range(2)]
+    batches = [TOY.batch("train", 256, step, ("recalibration",))[0] for step in range(8)]
+    shared(batches[0] + 5)  # leaves statistics that must not be taken over
+    first, other, again = (nes.one_shot(shared, archs[i], batches) for i in (0, 1, 0))
+    probs = [nes.predict(net, IMAGES["test"], TOY) for net in (first, other, again)]
+    assert torch.equal(probs[0], probs[2]) and not torch.allclose(probs[0], probs[1], atol=1e-2)
+    with torch.no_grad():  # taken anew, a plain average
+        means = torch.stack([shared.stem[0](x).mean((0, 2, 3)) for x in batches]).mean(0)
+        assert torch.allclose(first.stem[1].running_mean, means, atol=1e-5)
+        assert torch.allclose(first.train()(batches[0]), shared(batches[0], archs[0]), atol=1e-4)
+    for name, flags in (("shared", ()), ("hyper", ("--shared-epochs", "0"))):  # or the search's own
+        found = nes.shared_network(TOY, settings(finished[0], *flags)).state_dict().values()
+        assert all_equal(found, nes.load(finished[0] / f"{name}.pt")["net"].values())
+
+def test_metrics_by_hand_their_identities_and_forward_selection():
+    probs = torch.tensor([[[0.8, 0.2], [0.6, 0.4], [0.3, 0.7]],
+                          [[0.4, 0.6], [0.2, 0.8], [0.1, 0.9]]])  # (.6, .4), (.4, .6), (.2, .8)
+    h = lambda *shares: -sum(a * math.log(a) + (1 - a) * math.log(1 - a) for a in shares)
+    assert nes.ensemble_metrics(probs, torch.tensor([0, 0, 1])) == pytest.approx({
+        "accuracy": 2 / 3, "nll": -(math.log(0.6) + math.log(0.4) + math.log(0.8)) / 3,
+        "brier": (2 * 0.16 + 2 * 0.36 + 2 * 0.04) / 3,
+        # 15 bins: both confidences of 0.6 share a bin, accuracy 1/2; 0.8 has its own, accuracy 1
+        "ece": 2 / 3 * 0.1 + 1 / 3 * 0.2, "oracle_accuracy": 1.0, "disagreement": 2 / 3,
+        "predictive_jsd": (h(.6, .4, .2) - h(.8, .4, .6, .2, .3, .1) / 2) / 3}, abs=1e-6)
+    probs, labels = torch.randn(4, 200, 5).double().softmax(-1), torch.randint(5, (200,))
+    ensemble, *members = (nes.ensemble_metrics(p, labels) for p in (probs, *probs[:, None]))
+    spread = (probs - probs.mean(0)).square().sum(-1).mean().item()
+    assert sum(m["brier"] for m in members) / 4 - ensemble["brier"] == pytest.approx(spread)
+    assert sum(m["nll"] for m in members) / 4 >= ensemble["nll"]
+    copies = nes.ensemble_metrics(probs[:1].repeat(3, 1, 1), labels)
+    assert copies == pytest.approx(members[0], abs=1e-12) and copies["disagreement"] == 0
+    right = F.one_hot(torch.tensor([0, 1, 0, 1]), 2) * 0.8 + 0.1
+    pool = torch.stack([1 - right, right, 1 - right, right * 0.9 + 0.05])
+    assert nes.forward_selection(pool, right.argmax(-1), 2) == [1, 3]
+
+def test_random_architectures_match_by_chance_and_perturbed_ones_just_as_the_member_does():
+    archs = torch.stack([nes.random_architecture("chance", i) for i in range(3000)])
+    base, moved = nes.random_architecture("base"), []
+    matches = nes.matched_entries(archs, base).double().mean().item()
+    assert matches == pytest.approx(nes.CHANCE_ENTRIES, abs=0.1)
+    matched = lambda arch: ((arch.sum(-1) * base.sum(-1)).sum(), nes.matched_entries(arch, base))
+    for i in range(40):
+        member = nes.discretise((soft("member", i).log() + (4 - i / 10) * base).softmax(-1))
+        arch = nes.perturb(base, member, "key", i)
+        assert matched(arch) == matched(member)  # as many inputs are the base's, and entries
+        assert nes.discretise(arch).equal(arch)  # a finished architecture: two inputs a node
+        moved.append(16 - matched(arch)[0])
+    assert min(moved) < 2 and max(moved) > 5 and torch.equal(nes.perturb(base, base, 7), base)
+    assert not torch.equal(nes.perturb(base, member, 7), nes.perturb(base, member, 8))
+
+def test_a_run_leaves_what_it_promises_and_a_ledger_row_for_each_network_and_ensemble(finished):
+    out, results = finished
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert {"cells.png", "results.png", "ledger.csv", "base.pt", "hyper.pt", "shared.pt"} <= {
+        path.name for path in out.iterdir()}
+    metrics = set(nes.ensemble_metrics(torch.eye(2)[None], torch.tensor([0, 1])))
+    described, row = {"lambda", "genotype", "jsd", "matched_entries"}, results["members"][0]
+    for value, keys in (
+            (results, "settings versions seconds base lambda_response members methods one_shot "
+                      "one_shots ensemble"), (results["base"], "genotype operations"),
+            (results["seconds"], "base hypernetwork one_shot members"),
+            (results["versions"], "python torch torchvision"),
+            (dial := results["lambda_response"], "points spearman calibration_error")):
+        assert value.keys() == set(keys.split())
+    assert dial["points"][0].keys() == described and described | {"file", "one_shot"} <= row.keys()
+    for value in (row, row["one_shot"], *(results[key] for key in ("ensemble", "one_shot", "one_shots"))):
+        assert metrics <= value.keys()
+    column = lambda method, key: [row[key] for row in ledger(out, method)]
+    assert {method: len(ledger(out, method)) for method in results["methods"]} == {
+        "ours": 2, "single": 1, "deep": 2, "random": 2, "perturbed": 2,
+        "nes-rs": 4, "darts": 2, "ours, one-shot": 2, "one-shot of 3": 3}
+    *bases, other = map(json.loads, column("deep", "genotype") + column("darts", "genotype"))
+    assert bases == [results["base"]["genotype"]] * 3 and other != bases[0]
+    assert column("single", "file") == column("deep", "file")[:1]
+    assert column("perturbed", "entries") == column("ours", "entries") == [
+        str(member["matched_entries"]) for member in results["members"]]
+    assert column("random", "genotype") == column("nes-rs", "genotype")[:2]
+    for row in ledger(out):
+        if row["index"] == "ensemble":
+            assert float(row["nll"]) == results["methods"][row["method"]]["nll"]
+            continue
+        net = nes.load(out / row["file"])
+        assert json.loads(row["genotype"]) == nes.genotype(net["network"]["arch"])
+        assert float(row["accuracy"]) == (net["test"].argmax(-1) == LABELS["test"]).double().mean()
+    trained = {row["file"] for row in ledger(out) if row["file"].startswith("members")}
+    assert len(list((out / "members").iterdir())) == len(trained) < 17  # methods share networks
+
+def test_nes_rs_chooses_on_the_selection_split(finished, tmp_path):
+    copied = shutil.copytree(finished[0], tmp_path / "run")
+    files = [copied / row["file"] for row in ledger(copied, "nes-rs")]
+    pool = torch.stack([nes.load(file)["test"] for file in files])
+    worst = sorted({*range(4)} - {*nes.forward_selection(pool, LABELS["test"], 2)})
+    for file in (files[i] for i in worst):  # look perfect on the selection split
+        nes.save(file, nes.load(file) | {"selection": F.one_hot(LABELS["selection"], 6).float()})
+    results = run_tiny(copied, "--baselines", "nes-rs")
+    expected = nes.ensemble_metrics(pool[worst], LABELS["test"])["nll"]
+    assert results["methods"]["nes-rs"]["nll"] == pytest.approx(expected)
+    assert [int(row["index"]) for row in ledger(copied, "nes-rs") if row["chosen"] == "1"] == worst
+
+def test_the_flags_that_no_other_test_gives(tmp_path):
+    flags = ("--second-order --objective paper --lambda-max 4 --mirror --crop 2 "
+             "--cells 3 --shared-epochs 0")
+    results = run_tiny(tmp_path, *flags.split())
+    assert max(point["lambda"] for point in results["lambda_response"]["points"]) == 4
+    assert nes.load(tmp_path / results["members"][1]["file"])["network"]["cells"] == 3
+    history = nes.load(tmp_path / "hyper.pt")["history"]  # penalty: - lambda JSd
+    assert all(row["penalty"] <= 0 for row in history) and not (tmp_path / "shared.pt").exists()
+
+def test_reloaded_networks_predict_the_same_and_half_trained_ones_are_refused(finished, tmp_path):
+    (out, results), images = finished, IMAGES["test"]
+    members = [member["file"] for member in results["members"]]
+    dial, lambdas = nes.load_hypernetwork(out), [m["lambda"] for m in results["members"]]
+    genotypes = [member["genotype"] for member in results["members"]]
+    assert [*map(nes.genotype, nes.sample(dial, lambdas))] == genotypes
+    for file in members:
+        net, data = nes.load_member(out / file)  # no data set, no settings
+        probs = net(data.normalise(images)).softmax(dim=-1)
+        assert probs.allclose(nes.load(out / file)["test"], atol=1e-5) and len(data.classes) == 6
+    shots = results["one_shots"]["files"]
+    for count, name, files in ((0, "ensemble", members), (3, "one_shots", shots)):
+        probs = torch.stack([nes.load(out / file)["test"] for file in files])
+        assert torch.allclose(nes.load_ensemble(out, count)(images), probs.mean(0), atol=1e-5)
+        assert nes.ensemble_metrics(probs, LABELS["test"]).items() <= results[name].items()
+    nes.save(tmp_path / "begun.pt", {"step": 7, "net": {}})  # no finished network
+    torch.save({"step": 7, "net": {}}, tmp_path / "old.pt")  # what an older version left
+    for words, function, *arguments in (
+            ("begun.pt holds no finished network", nes.load_member, tmp_path / "begun.pt"),
+            ("there is no .*none.pt", nes.load_member, tmp_path / "none.pt"),
+            ("old.pt is not from this version", nes.load_member, tmp_path / "old.pt"),
+            ("finish that", nes.load_ensemble, tmp_path), ("not 4", nes.load_ensemble, out, 4),
+            ("not -1", nes.load_ensemble, out, -1),
+            ("must be uint8", nes.load_ensemble(out), images / 255),
+            ("no hyper.pt", nes.load_hypernetwork, tmp_path), ("1: .*-0.1", dial, [0.5, -0.1]),
+            ("between 0 and 1", dial, 1.1), ("between 0 and 1", dial, math.nan)):
+        with pytest.raises((nes.NesError, ValueError), match=words):
+            function(*arguments)
+
+def test_two_workers_give_what_one_gives_and_killed_at_any_moment_go_on(finished, tmp_path):
+    argv = command(out := tmp_path / "run", "--baselines", "all", "--workers", "2")
+    for lines in (["base +2/"], ["base: goes on .* [12] of 4", "hyper +6/"],
+                  ["hyper: goes on .* [56] of 12", "base-1 +2/"],
+                  ["base-1: goes on .* [12] of 4", "members/.* 4/"], ["members/.*: goes on .* of 8"]):
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True,  # in the background
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+        for wanted in lines:  # a row is printed, then saved
+            next(line for line in process.stdout if re.match(wanted, line))
+        process.send_signal(signal.SIGKILL)
+        rest, _ = process.communicate(timeout=60)  # until the last that holds its output has ended,
+        assert rest.count(" 8/8 ") < 2             # which is at once, not when its work is done
+    assert without_times(run_tiny(out, "--baselines", "all")) == without_times(finished[1])
+
+@pytest.mark.parametrize("step", [4, 8])  # half way; and between the last step and the scores
+def test_a_stopped_member_goes_on_to_the_same_weights(step, finished, tmp_path, monkeypatch):
+    name, args = finished[1]["members"][0]["file"][:-3], settings(tmp_path)
+    whole = nes.load_network(name, settings(finished[0]))
+    train = lambda: nes.train_member(name, whole["network"]["arch"], 0, TOY, args)
+    def save_and_stop(path, state, save=nes.save):
+        save(path, state)
+        if Path(path).suffix == ".pt" and state.get("step") == step:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(nes, "save", save_and_stop)
+        train()
+    stopped, _, again = nes.load_network(f"unfinished/{name}", args), train(), nes.load_network(name, args)
+    assert stopped["step"] == step and again["step"] == whole["step"] == 8
+    assert torch.equal(again["test"], whole["test"])
+    assert not nes.file_of(f"unfinished/{name}", args).exists()
+    assert all_equal(again["net"].values(), whole["net"].values())
+
+def test_errors_and_interrupts_of_workers(tmp_path):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    nan = subprocess.run(command(tmp_path / "a", "--workers", "2", "--lr", "1e30"), **pipes)
+    assert nan.returncode == 2 and re.fullmatch(".* not a number .* --lr .*\n", nan.stderr), nan
+    slow = command(tmp_path / "b", *"--workers 2 --epochs 1000 --shared-epochs 1000".split())
+    process = subprocess.Popen(slow, **pipes, start_new_session=True,
+                               # a test run in the background has Ctrl-C ignored, and bequeaths it
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    next(line for line in process.stdout if line.startswith("members"))
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and error.count("\n") == 2 and "goes on" in error, error
+
+def test_two_starts_in_one_folder_do_no_harm_and_what_a_kill_left_is_removed(finished, tmp_path):
+    nes.save(out := tmp_path / "run" / "kept.txt", "")
+    for pid in (2**22 + 1, os.getpid()):  # no such process, and one that lives
+        (out.parent / f"x.pt.{pid}.part").write_text("")
+    argv = command(out.parent, "--baselines", "all")
+    both = [subprocess.Popen(argv, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert [path.name for path in out.parent.glob("*.part")] == [f"x.pt.{os.getpid()}.part"]
+    assert without_times(json.loads((out.parent / "results.json").read_text())) == without_times(finished[1])
+
+def test_torchrun_of_two_gives_exactly_what_one_gives_and_another_seed_does_not(finished, tmp_path):
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+            nes.__file__]
+    log = subprocess.run([*argv, *tiny(tmp_path / "run", "--baselines", "all")], check=True,
+                         capture_output=True, cwd=Path(nes.__file__).parent, text=True).stdout
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert without_times(results) == without_times(finished[1])
+    for file in (tmp_path / "run/members").iterdir():  # each was trained once, by one of the two
+        assert len(re.findall(f"members/{file.stem} +8/8 ", log)) == 1
+    assert run_tiny(tmp_path / "other", "--seed", "1")["ensemble"] != results["ensemble"]
+
+@pytest.mark.parametrize("flags", [
+    "--nonsense 1", "--samples 0", "--samples many", "--lambda-max -1", "--lambda-max 0",
+    "--lambda-max 2", "--lr nan", "--objective other", "--baselines other", "--device abacus",
+    "--device cpu:x", "--device meta", "--dataset /no/such/folder", "--out /dev/null/run",
+    *["--device cuda"] * (not torch.cuda.is_available())])
+def test_bad_flags(flags, bad):
+    bad(flags.split(), flags.split()[0])
+
+def test_help_opens_with_two_examples(capsys):
+    with pytest.raises(SystemExit) as stop:
+        nes.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and text.count("python nes.py") == 2
+    assert text.index("python nes.py") < text.index("--dataset DATASET") < text.index("fmnist)")
+
+def test_folders_of_images_good_and_bad(bad, tmp_path):
+    def write(name, classes="ab", channels=3, count=12):
+        for path in (tmp_path / name / part / label / f"{i}.png" for part in ("train", "test")
+                     for label in classes for i in range(count)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = torch.randint(256, (channels, 9, 12), dtype=torch.uint8)
+            torchvision.transforms.functional.to_pil_image(pixels).save(path)
+    for name, channels in (("colour", 3), ("grey", 1)):
+        write(name, channels=channels)
+        data = nes.load_data(f"{tmp_path}/{name}", "", 10)
+        (images, labels), shape = data.splits["test"], (channels, 10, 10)
+        assert data.classes == ["a", "b"] and labels.tolist() == [0] * 12 + [1] * 12
+        alone = nes.read_image(tmp_path / name / "test/b/0.png", data.shape)
+        assert data.shape == shape and alone.equal(images[12])
+    for name, classes, count, words in (("one", "a", 12, "two or more"), ("few", "ab", 1, "few")):
+        write(name, classes, count=count)
+        bad(["--dataset", f"{tmp_path}/{name}"], words)
+    fine = ["--image-size", "16", "--out", f"{tmp_path}/fine", "--dataset"]
+    run_tiny("", *fine, f"{tmp_path}/grey")
+    shutil.copy(tmp_path / "grey/train/a/0.png", tmp_path / "grey/train/a/1.png")
+    bad([*fine, f"{tmp_path}/grey/"], f"{tmp_path}/fine", "with images")
+    deep = torchvision.transforms.functional.to_pil_image(torch.ones(1, 9, 12, dtype=torch.int16))
+    deep.save(tmp_path / "grey/train/a/6.png")
+    bad(["--dataset", f"{tmp_path}/grey"], "6.png", "not of 8 bits")
+    (tmp_path / "grey/train/a/5.png").write_bytes(b"not a picture")
+    bad(["--dataset", f"{tmp_path}/grey"], "5.png", "remove or replace")
+
+def test_damaged_and_missing_data_files(bad, tmp_path, monkeypatch):
+    names = [f"{part}-{kind}-ubyte" for part in ("train", "t10k")
+             for kind in ("images-idx3", "labels-idx1")]
+    fashion, no_network = ["--dataset", "fmnist", "--data-dir"], "http://127.0.0.1:9/"
+    for name in names:
+        nes.save(tmp_path / "FashionMNIST/raw" / name, b"\0\0\x08\x03short")
+    bad([*fashion, str(tmp_path)], "FashionMNIST", "delete the damaged files")
+    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [no_network])
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", f"{no_network}nothing")
+    monkeypatch.setattr(nes, "DEBIAN_FASHION_MNIST", tmp_path / "package")
+    bad([*fashion, f"{tmp_path}/new"], "FashionMNIST", "check the network", "dataset-fashion-mnist")
+    bad(["--dataset", "cifar10", "--data-dir", str(tmp_path)], "CIFAR10", "check the network")
+    for name in names:  # now it is installed: found although the download left its folder behind
+        sizes = (60, 28, 28) if "images" in name else (60,)
+        header = bytes([0, 0, 8, len(sizes)]) + numpy.array(sizes, ">i4").tobytes()
+        pixels = bytes(i % 10 for i in range(math.prod(sizes)))
+        nes.save(tmp_path / "package" / f"{name}.gz", gzip.compress(header + pixels))
+    labels = nes.load_data("fmnist", f"{tmp_path}/new").splits["test"][1]
+    assert labels.tolist() == [i % 10 for i in range(60)]
+
+def test_what_is_there_survives_errors_and_more_samples(bad, finished, tmp_path, monkeypatch):
+    copied = shutil.copytree(finished[0], tmp_path / "run")
+    here, args, note = ["--out", str(copied)], settings(copied), copied / "settings.json"
+    before = {path: path.read_bytes() for path in [*copied.rglob("*.pt"), note]}
+    bad([*here, *"--hyper-lr 0.1 --pivots 9".split()], "--hyper-lr 0.5 (now 0.1)", "6 (now 9)")
+    nes.base_search("base", TOY, args)  # one who calls the functions may use this folder, too,
+    args.search_lr = 0.01
+    with pytest.raises(nes.NesError, match="--search-lr"):  # but must have its settings
+        nes.train_member("new", nes.random_architecture(0), 0, TOY, args)
+    member = finished[1]["members"][0]["file"]
+    for file in (copied / name for name in ("base.pt", "hyper.pt", "settings.json", member)):
+        file.write_bytes(before[file][:len(before[file]) // 2])
+        bad(here, file.name, "delete it")
+        assert all(path.read_bytes() == whole for path, whole in before.items() if path != file)
+        file.write_bytes(before[file])
+    nes.save(note, before[note].replace(b"version\": 4,", b"version\": 1,"))
+    bad(here, "version 1 (now 4)")
+    nes.save(note, before[note])
+    with monkeypatch.context() as patch:
+        patch.setattr(nes, "NAMES", nes.NAMES[::-1])
+        patch.setattr(nes, "TOY_CLASSES", nes.TOY_CLASSES[::-1])
+        bad(here, "images", "operations")
+    (copied / member).unlink()
+    assert without_times(run_tiny(copied, "--baselines", "all")) == without_times(finished[1])
+    trained, train_member = [], nes.train_member
+    monkeypatch.setattr(nes, "train_member", lambda name, arch, i, *rest: (
+        trained.append(i), train_member(name, arch, i, *rest)))
+    more = run_tiny(copied, "--samples", "4")
+    scores = lambda results: [(m["file"], m["nll"]) for m in results["members"][:2]]
+    assert trained == [2, 3] and scores(more) == scores(finished[1])
+    bad(["--lr", "1e30"], "not a number", "at step", "--lr")
+    assert (tmp_path / "bad/hyper.pt").exists()
+    bad(["--search-lr", "1e30", "--out", f"{tmp_path}/nan"], "loss of base", "another --out")
+
+@pytest.mark.skipif(not (nes.DEBIAN_FASHION_MNIST.exists() or Path("data/FashionMNIST").exists()),
+                    reason="no Fashion-MNIST here")
+def test_real_fashion_mnist_is_learned(tmp_path):
+    data = nes.load_data("fmnist", "data" if Path("data/FashionMNIST/raw").exists() else tmp_path)
+    assert [len(data.splits[name][1]) for name in nes.SHARES] == [27000, 27000, 6000]
+    images, labels = data.splits["test"]
+    assert images.shape == (10000, 1, 28, 28) and labels[:5].tolist() == [9, 2, 1, 1, 6]
+    assert data.classes[9] == "Ankle boot"
+    data.splits["both"] = tuple(part[:6400] for part in data.splits["both"])
+    args = nes.parse(f"--channels 8 --epochs 1 --device cpu --out {tmp_path}".split())
+    nes.train_member("member", nes.random_architecture(0), 0, data, args)
+    probs = nes.load_network("member", args)["test"]
+    assert 0.6 < nes.ensemble_metrics(probs[None], labels)["accuracy"] < 0.95
+
+def test_the_tutorial_was_saved_as_it_ran():
+    code = [cell for cell in nbformat.read(TUTORIAL, 4).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))  # in order
+    outputs = [output for cell in code for output in cell.outputs]
+    assert all(output.output_type in ("stream", "display_data") for output in outputs)
+    assert sum("image/png" in output.get("data", ()) for output in outputs) >= 20
+    lines = [cell.source.split("\n") for cell in code]
+    assert max(map(len, lines)) <= 15 and max(map(len, sum(lines, []))) <= 100
+    assert TUTORIAL.stat().st_size < 3e6
+
+@pytest.fixture(scope="module", autouse=True)
+def tutorial(request):
+    """The notebook's short version, begun before the other tests: done when they are."""
+    wanted = any(item.name == "test_the_tutorial_runs" for item in request.session.items)
+    os.environ["NES_TUTORIAL_QUICK"] = "1"
+    client = NotebookClient(nbformat.read(TUTORIAL, 4), timeout=240,
+                            resources={"metadata": {"path": str(TUTORIAL.parent)}})
+    with ThreadPoolExecutor(1) as pool:
+        yield wanted and pool.submit(client.execute)
+
+def test_the_tutorial_runs(tutorial):
+    text = str([cell.get("outputs") for cell in tutorial.result().cells])  # raises what one raised
+    assert "largest difference of the logits" in text and "keys of the results" in text
+
+if __name__ == "__main__":
+    benchmark()
