@@ -836,7 +836,7 @@ def read_folder(root, size):
     files = {root / part: list_images(root / part) for part in ("train", "test")}
     classes, others = (sorted({path.parts[0] for path in paths}) for paths in files.values())
     if classes != others or len(classes) < 2:
-        fail(f"--dataset {root} is none of {KNOWN}, whose two or more classes are the same in both: "
+        fail(f"--dataset {root} is none of {KNOWN}, with the same two or more classes in both: "
              f"train has {classes} and test has {others}")
     images = [torch.stack([read_image(part / path, (3, size, size)) for path in paths])
               for part, paths in files.items()]
@@ -1196,7 +1196,7 @@ def plot_reliability(axis, probs, labels):
     axis.legend(fontsize=8)
 
 def save_pictures(results, labels, args):
-    """results.png: the dial, ensemble size, reliability; cells.png: the base, 20 members at most."""
+    """results.png: the dial, ensemble size, reliability; cells.png: base and first 20 members."""
     members, base = results["members"], results["base"]["genotype"]
     probs = torch.stack([load(Path(args.out) / member["file"])["test"] for member in members])
     cells = [("base (below, orange is what it has not)", base)]
@@ -1285,7 +1285,7 @@ def make_one_shots(names, archs, hyper, data, args):
     print_table([{"one-shot of": len(names), **scores}], ["one-shot of", *scores])
 
 def deal_out(jobs, data, args):
-    """Do all jobs, (names of the files that it makes) -> (function, *arguments), each rank its part.
+    """Do all jobs, each rank its part: (names of the files it makes) -> (function, *arguments).
 
     On a CPU with one thread: small kernels gain little from a second, and results do not depend on
     the number of cores.
@@ -1405,7 +1405,8 @@ def start_ranks(count, args):
         fail(unguarded)
     context = mp.get_context("spawn")
     try:
-        mp.spawn(run_rank, (context.Barrier(count), context.Lock(), count, args), count, daemon=True)
+        shared = context.Barrier(count), context.Lock()
+        mp.spawn(run_rank, (*shared, count, args), count, daemon=True)
     except RuntimeError:  # this is such an import: the parent tells
         raise SystemExit(1) from None
     except mp.ProcessExitedException as error:
