@@ -5,7 +5,7 @@
   python nes.py --dataset fmnist --samples 5    the method on Fashion-MNIST: searches, reads five
                                                 architectures off the dial, trains and averages them
 
-All that a run computes is in its folder, --out; the same command goes on where it was stopped.
+Results are in the run's folder, --out. The same command goes on where it was stopped.
 
 "Differentiable algorithm for searching ensembles of deep learning models with diversity control"
 (Yakovlev, Bakhteev, Petrushina, Babkin):
@@ -18,10 +18,8 @@ All that a run computes is in its folder, --out; the same command goes on where 
   3  reading alpha(lambda_1), ..., alpha(lambda_M) gives M architectures in one shot
   4  their ensemble is the answer:     p(y | x) = mean_m p_m(y | x)
 
-Sections 1 to 8 are the method: 1 architectures as tensors, 2 cell and network, 3 the base search,
-4 the hypernetwork, 5 sampling and the dial, 6 members and one shot, 7 the ensemble, 8 other
-ensemble searches. The others carry it, and can wait: 9 data, 10 settings, 11 keeping work,
-12 pictures, 13 the run, 14 CPU kernels. From there the method uses
+Sections 1 to 8 are the method; 9 to 14 carry it and can wait: data, settings, keeping work,
+pictures, the run, CPU kernels. From these the method uses
   rng(*key)            a random generator that depends on `key` alone
   resumable(name, ..)  the loop under all training, with log rows and checkpoints; then finish(name)
   save, load           files of a run folder
@@ -32,7 +30,6 @@ Y classes, O = 7 operations, E = 14 edges of a cell. Whatever says which operati
 shape (2, E, O), first the normal cell, then the reduction cell.
 """
 import argparse
-import contextlib
 import csv
 import dataclasses
 import glob
@@ -43,7 +40,6 @@ import json
 import logging
 import math
 import os
-import platform
 import signal
 import sys
 import time
@@ -64,7 +60,7 @@ from torchvision.transforms import v2
 # An architecture is a tensor arch (2, E, O): arch[k, e, o] weighs operation o on edge e of cell
 # kind k. While DARTS searches it is soft, softmax(alpha), and every operation runs. A finished one
 # is 0/1 with 16 ones, its entries: in each cell two inputs for each of 4 nodes, an operation each.
-# Architectures stay on the CPU, where a network asks which of their numbers are 0; they are few.
+# Architectures stay on the CPU, where a network asks which of their numbers are 0.
 
 KINDS = ("normal", "reduction")
 NODES = 4                                                                        # of a cell
@@ -77,8 +73,6 @@ def discretise(p):
 
     p: (..., 2, E, O), softmax(alpha). Returns 0/1 of that shape. An edge's operation is its most
     probable one and its strength that probability; of equal strengths the lower source comes first.
-    Example: node 0 has edges from sources 0 and 1, node 1 from 0, 1 and 2. With strengths 0.5, 0.4
-    and 0.3, 0.6, 0.5, node 0 keeps both edges and node 1 those from sources 1 and 2.
     """
     strength, operation = p.detach().max(dim=-1)                                   # (..., 2, E)
     kept = torch.zeros_like(strength)
@@ -114,8 +108,8 @@ class FactorizedReduce(nn.Module):
         self.norm = nn.BatchNorm2d(C, affine=affine)
 
     def forward(self, x):
-        # One dense 2x2 convolution, with the first in its kernel's upper left corner and the second
-        # in its lower right, is several times faster on a CPU than two sparse ones.
+        # As one dense 2x2 convolution, with them in opposite corners of its kernel: several times
+        # faster on a CPU than two sparse ones.
         kernel = torch.cat([F.pad(self.even.weight, (0, 1, 0, 1)),
                             F.pad(self.odd.weight, (1, 0, 1, 0))])
         x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
@@ -130,9 +124,8 @@ def twice_separable(C, taps, stride, affine):
     return nn.Sequential(separable(C, taps, stride, affine), nn.ReLU(),
                          separable(C, taps, 1, affine))
 
-# DARTS's eight operations without "zero", which no finished architecture can hold:
-# (C, stride, affine) -> module. Those with parameters get relu(x), the others x, see MixedOp.
-# Another operation is another line, and another --out: the shape of alpha follows.
+# DARTS's eight operations without "zero", which no finished architecture can hold. Those with
+# parameters get relu(x), the others x. Another operation is another line, and another --out.
 OPERATIONS = {
     "max_pool_3x3": lambda C, stride, affine: nn.Sequential(
         nn.MaxPool2d(3, stride, 1), nn.BatchNorm2d(C, affine=False)),
@@ -150,7 +143,7 @@ NAMES = list(OPERATIONS)
 class MixedOp(nn.Module):
     """The mixed operation of an edge (DARTS, eq. 2): sum over o of weights[o] * o(x).
 
-    names: what the edge holds: all operations in a supernet, one or none in a finished network.
+    names: what it holds: all operations in a supernet, one or none in a finished network.
     forward: x (B, C, H, W); weights (O,), zeros are not run, None for ones everywhere.
     """
 
@@ -201,17 +194,14 @@ class Network(nn.Module):
     operation of every edge, or a finished architecture for a network with its 16 operations alone.
     affine: whether the cells' batch norm has scale and shift, by default in a finished network
     only: in the supernet they would undo alpha's. forward: x (B, C_in, H, W); arch (2, E, O), what
-    to run and with which weights, None for all that is there. Returns logits (B, Y). arch is an
-    argument, never hidden state: one set of weights serves any architecture.
+    to run and with which weights, None for all that is there. Returns logits (B, Y).
     """
 
     def __init__(self, C_in, classes, C, cells, arch=None, affine=None):
         super().__init__()
         affine = arch is not None if affine is None else affine
-        self.config = {"C_in": C_in, "classes": classes, "C": C, "cells": cells, "arch": arch,
-                       "affine": affine}
-        # Departure from DARTS: the stem halves H and W. Dense convolutions are what a CPU does
-        # best, and every cell behind them costs a quarter.
+        self.config = dict(C_in=C_in, classes=classes, C=C, cells=cells, arch=arch, affine=affine)
+        # Departure from DARTS: the stem halves H and W, so that a cell costs a quarter.
         self.stem = nn.Sequential(
             nn.Conv2d(C_in, C, 3, padding=1, bias=False), nn.BatchNorm2d(C), nn.ReLU(inplace=True),
             nn.Conv2d(C, 4 * C, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(4 * C))
@@ -244,10 +234,10 @@ def build(key, data, C, cells, arch=None, affine=None):
 # ---- 3. The base search (DARTS) ------------------------------------------------------------------
 
 def second_order_loss(net, w_batch, a_batch, arch, xi):
-    """L_val(w', alpha) with w' = w - xi grad_w L_train(w, alpha), as a function of alpha.
+    """L_val(w', alpha), w' = w - xi grad_w L_train(w, alpha) (DARTS, eq. 6).
 
-    DARTS, eq. 6. Exact, no finite differences: the inner step stays in autograd's graph.
-    arch: (2, E, O), softmax(alpha); xi: the inner learning rate.
+    Exact, no finite differences: the inner step stays in autograd's graph. arch: (2, E, O),
+    softmax(alpha); xi: the inner learning rate.
     """
     (x, y), (x_val, y_val) = w_batch, a_batch
     names, w = zip(*net.named_parameters())
@@ -259,8 +249,7 @@ def search_step(net, arch, penalty, w_batch, a_batch, w_optimizer, a_optimizer, 
     """A step on the weights w, then one on the parameters that made `arch` (DARTS, algorithm 1).
 
     arch: (2, E, O), differentiable in the parameters of a_optimizer; penalty: added to L_val;
-    batches: (x, y). Returns the losses. Unlike in DARTS w steps first, on the batch that the inner
-    step of the second order then repeats.
+    batches: (x, y). Returns the losses. Unlike in DARTS w steps first.
     """
     (x, y), (x_val, y_val) = w_batch, a_batch
     train_loss = F.cross_entropy(net(x, arch.detach()), y)
@@ -285,20 +274,18 @@ def search(name, net, logits, rate, steps, propose, data, args, second_order=Fal
 
     logits: the module with alpha's parameters; propose(step): (arch, penalty), differentiable in
     them. SGD for the weights and Adam for the logits, as in DARTS; unlike there both learning rates
-    (the logits' is `rate`) fall as a cosine, and the logits have no weight decay.
+    fall as a cosine, and the logits have no weight decay.
     """
     w_optimizer = torch.optim.SGD(net.parameters(), args.search_lr, 0.9, weight_decay=3e-4)
     a_optimizer = torch.optim.Adam(logits.parameters(), rate, (0.5, 0.999))
-    parts = {"net": net, "architecture": logits, "w_optimizer": w_optimizer,
-             "a_optimizer": a_optimizer}
+    parts = dict(net=net, architecture=logits, w_optimizer=w_optimizer, a_optimizer=a_optimizer)
     net.train()
     for step, losses in resumable(name, steps, parts, data, args):
-        batches = [data.batch(split, args.search_batch, step, (args.seed, name, split))
+        batches = [data.batch(split, args.batch, step, (args.seed, name, split))
                    for split in ("train", "validation")]
         for optimizer in (w_optimizer, a_optimizer):
             anneal(optimizer, (1 + math.cos(math.pi * step / steps)) / 2)
-        losses.update(search_step(net, *propose(step), *batches, w_optimizer, a_optimizer,
-                                  second_order))
+        losses |= search_step(net, *propose(step), *batches, w_optimizer, a_optimizer, second_order)
     finish(name, args)
 
 SEARCH_CELLS = 2  # of the supernet: a normal and a reduction cell
@@ -317,17 +304,17 @@ def base_search(name, data, args):
 # finished architecture is read off p. That one runs, and two terms judge it:
 #     L_val(w, arch)                is it a good one?
 #     c (share(arch) - lambda)^2    share: of the base's 16 entries, those that it lacks, counted
-# This count is the divergence: JSd of two finished architectures is ln 2 times the share, see
-# `divergence`. So JSd is what is reported, and only --objective paper evaluates it in training.
-# The paper's term, - lambda JSd, only ever rewards more: at any lambda above 0 it pushes JSd to its
-# maximum, if L_val does not resist. Its lambda is a weight and no distance. The square rests where
-# the share is lambda, however long one trains.
+# The count is the divergence: JSd of two finished architectures is ln 2 times the share. So JSd is
+# what is reported, and only --objective paper evaluates it in training. The paper's term,
+# - lambda JSd, only ever rewards more: at any lambda above 0 it pushes JSd to its maximum, if L_val
+# does not resist. Its lambda is a weight and no distance. The square rests where the share is
+# lambda, however long one trains.
 
 def jensen_shannon(p, q):
     """JSd(p, q) = 1/2 KL(p || m) + 1/2 KL(q || m), m = (p + q) / 2, over the last dimension, nats.
 
-    p, q: distributions (..., O), broadcast. Returns (...), 0 <= JSd <= ln 2, symmetric. The paper,
-    section 1. Zeros are allowed. KL(m || p), a common slip, is another divergence without a bound.
+    p, q: distributions (..., O), broadcast; zeros are allowed. Returns (...), 0 <= JSd <= ln 2.
+    The paper, section 1. KL(m || p), a common slip, is another divergence, without a bound.
     """
     tiny = torch.finfo(p.dtype).tiny
     m = (p + q) / 2
@@ -338,9 +325,8 @@ def divergence(arch, base):
     """JSd of finished architectures to the base, mean over the base's 16 entries: 0 to ln 2 nats.
 
     arch: (..., 2, E, O), base: (2, E, O), 0/1. An edge is a one-hot distribution over operations
-    and "none", for an edge that is dropped. Where two of these agree m = p and JSd = 0; else m
-    gives 1/2 to either, and JSd = 1/2 ln 2 + 1/2 ln 2. So the mean is ln 2 times the share of
-    entries that differ.
+    and "none". Where two agree JSd = 0; else m gives 1/2 to either, and JSd = ln 2. So the mean is
+    ln 2 times the share of entries that differ.
     """
     none = lambda a: torch.cat([a, 1 - a.sum(dim=-1, keepdim=True)], dim=-1)  # (..., 2, E, O + 1)
     per_edge = jensen_shannon(none(arch), none(base)) * base.sum(dim=-1)
@@ -380,9 +366,9 @@ DROPPED_EXTRA = 0.25  # so much softer is an edge that the base drops; its opera
 def smooth(p, tau):
     """The base as soft distributions: alpha* = (1 - tau) onehot(argmax p) + tau / O on each edge.
 
-    p: (2, E, O), softmax(alpha). Departures from the paper: tau is small (its text says near one,
-    which would erase the architecture), and larger on edges that the base drops (with one tau all
-    would be equally strong, and which to keep would be forgotten).
+    p: (2, E, O), softmax(alpha). Departures from the paper: tau is small (near one, as its text
+    says, would erase the architecture), and larger on edges that the base drops (with one tau,
+    which to keep would be forgotten).
     """
     tau = tau + DROPPED_EXTRA * (1 - discretise(p).sum(dim=-1, keepdim=True))            # (2, E, 1)
     return (1 - tau) * F.one_hot(p.argmax(dim=-1), p.shape[-1]) + tau / p.shape[-1]
@@ -392,10 +378,9 @@ class HyperNetwork(nn.Module):
 
     With pivots r_0 = 0 < ... < r_{K-1} = lambda_max, tables a_k and r_k <= lambda <= r_{k+1}:
         alpha(lambda) = (1 - t) a_k + t a_{k+1},    t = (lambda - r_k) / (r_{k+1} - r_k)
-    so that alpha(r_k) = a_k. Departure from the paper: its formula has t and 1 - t exchanged, which
-    makes alpha jump at every pivot. start: (2, E, O) or any shape, every pivot's first logits.
-    forward: lambda (...), numbers or a tensor -> logits (..., 2, E, O). Raises ValueError where a
-    lambda is not in [0, lambda_max].
+    Departure from the paper: its formula has t and 1 - t exchanged, which makes alpha jump at every
+    pivot. start: (2, E, O) or any shape, every pivot's first logits. forward: lambda (...), numbers
+    or a tensor -> logits (..., 2, E, O). Raises ValueError where one is not in [0, lambda_max].
     """
 
     def __init__(self, start, pivots=6, lambda_max=1.0):
@@ -431,8 +416,7 @@ def train_hypernetwork(net, base_p, data, args):
     net: the supernet, warm from the base search; base_p: (2, E, O), softmax(alpha) of that search.
     Returns the HyperNetwork. Departures: the pivots start at the base (softer with the paper's
     term, which an edge could also raise by becoming surer of the base's operation); a step runs one
-    finished architecture, so that the weights learn to serve what will be sampled; the diversity of
-    15 more, for which no network need run, makes the dial steadier.
+    finished architecture, as will be sampled; the diversity of 15 more makes the dial steadier.
     """
     base, paper = discretise(base_p), args.objective == "paper"
     start = smooth(base_p, PAPER_START if paper else TAU).log()
@@ -459,8 +443,7 @@ def train_hypernetwork(net, base_p, data, args):
 def sample_lambdas(count, lambda_max=1.0):
     """lambda_i = lambda_max * frac(i * golden ratio): spread over [0, lambda_max) for any count.
 
-    More of them keep the first ones, so that what is trained stays. The first is 0: the base, or
-    close to it. The paper draws at random, which leaves gaps.
+    More of them keep the first ones, and what is trained. The paper draws at random, with gaps.
     """
     return [lambda_max * (i * (math.sqrt(5) - 1) / 2 % 1) for i in range(count)]
 
@@ -472,18 +455,17 @@ def sample(hyper, lambdas):
 @torch.no_grad()
 def describe(hyper, base_p, lambdas):
     """What `sample` gives at each lambda, for JSON; jsd: `divergence` to the base / ln 2."""
-    archs, base = sample(hyper, lambdas), discretise(base_p)
-    columns = {"lambda": lambdas, "genotype": map(genotype, archs),
-               "jsd": (divergence(archs, base) / math.log(2)).tolist(),
-               "matched_entries": matched_entries(archs, base).tolist()}
-    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+    base = discretise(base_p)
+    return [{"lambda": lam, "matched_entries": matched_entries(arch, base).item(),
+             "jsd": divergence(arch, base).item() / math.log(2), "genotype": genotype(arch)}
+            for lam, arch in zip(lambdas, sample(hyper, lambdas))]
 
 def lambda_response(hyper, base_p, lambda_max=1.0, count=11):
     """`describe` on a grid of lambda, and two numbers that say how well lambda is obeyed.
 
-    spearman: rank correlation of lambda and matched entries, ideally -1; 0 where these never
-    change. calibration_error: mean |matched / 16 - (1 - lambda)|, ideally 0; whole entries allow
-    .014 at 11 points. A lambda_max above 1, of the paper's term, stands for 1.
+    spearman: rank correlation of lambda and matched entries, ideally -1. calibration_error: mean
+    |matched / 16 - (1 - lambda)|, ideally 0; whole entries allow .014 at 11 points. A lambda_max
+    above 1, of the paper's term, stands for 1.
     """
     points = describe(hyper, base_p, torch.linspace(0, lambda_max, count).tolist())
     lam = torch.tensor([point["lambda"] for point in points], dtype=torch.double)
@@ -499,17 +481,16 @@ CHANCE_ENTRIES = sum(2 * 2 * 2 / (node + 2) / len(NAMES) for node in range(NODES
 
 # ---- 6. Members, trained from scratch; and one shot, with weights that all share -----------------
 
-WARM_UP = 0.2         # the share of the steps in which the learning rate rises
-WEIGHT_DECAY = 0.05
+WARM_UP = 0.2  # the share of the steps in which the learning rate rises
 
 def train(name, net, epochs, key, data, args, arch_at=lambda step: None):
     """Train a network on all training images: one recipe for every method.
 
-    AdamW, whose learning rate rises over the first fifth of the steps and falls to zero; the last
-    weights are kept. key: names the batches' order; arch_at(step): what `net` is to run then.
+    AdamW, whose learning rate rises over a fifth of the steps and falls to zero. key: names the
+    batches' order; arch_at(step): what `net` is to run then.
     """
-    optimizer = torch.optim.AdamW(net.parameters(), args.lr, (0.9, 0.99), fused=True,
-                                  weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(net.parameters(), args.lr, (0.9, 0.99), weight_decay=0.05,
+                                  fused=True)
     steps = max(1, epochs * len(data.splits["both"][1]) // args.batch)
     net.train()
     for step, losses in resumable(name, steps, {"net": net, "optimizer": optimizer}, data, args):
@@ -551,23 +532,14 @@ def train_member(name, arch, index, data, args):
 def train_shared(name, hyper, data, args):
     """Train one supernet of the members' size for the architectures of the frozen hypernetwork.
 
-    A fresh lambda each step, and the one architecture that is read there; otherwise the members'
-    recipe. The search's own supernet is smaller, saw half of the images, and served architectures
-    that kept changing. Here no alpha learns: batch norm may scale and shift.
+    A fresh lambda each step, and the architecture that is read there; otherwise the members'
+    recipe. The search's own supernet is smaller, and served architectures that kept changing.
     """
     key = (args.seed, name)
     net = build(key, data, args.channels, args.cells, affine=True)
     train(name, net, args.shared_epochs, key, data, args, lambda step: sample(
         hyper, draw_lambdas(1, args.lambda_max, rng(*key, step)))[0])
     finish(name, args)
-
-def shared_network(data, args):
-    """The supernet of the one-shot scores; without --shared-epochs the hypernetwork's own."""
-    if args.shared_epochs:
-        net, name = build((), data, args.channels, args.cells, affine=True), "shared"
-    else:
-        net, name = build((), data, args.search_channels, SEARCH_CELLS), "hyper"
-    net.load_state_dict(load_network(name, args)["net"])
     return net
 
 @torch.no_grad()
@@ -588,13 +560,21 @@ def one_shot(shared, arch, batches):
         net(x)
     return net.eval()
 
-def make_one_shot(name, arch, data, args):
-    """Make an architecture's one-shot network; <out>/<name>.pt holds it then."""
-    start = time.monotonic()
-    batches = (data.batch("train", 256, step, (args.seed, "recalibration"), augment=False)[0]
-               for step in range(20))  # the average of few would be noisy
-    state = finished(one_shot(shared_network(data, args), arch, batches), data)
-    save(file_of(name, args), state | {"seconds": time.monotonic() - start})
+def make_one_shots(names, archs, net, hyper, data, args):
+    """The one-shot networks of architectures; <out>/<name>.pt holds each then.
+
+    net: the search's supernet, whose weights serve where --shared-epochs is 0.
+    """
+    shared = train_shared("shared", hyper, data, args) if args.shared_epochs else net
+    for name, arch in zip(names, archs):
+        if not file_of(name, args).exists():
+            start, key = time.monotonic(), (args.seed, "recalibration")
+            batches = (data.batch("train", 256, step, key, augment=False)[0] for step in range(20))
+            state = finished(one_shot(shared, arch, batches), data)
+            save(file_of(name, args), state | {"seconds": time.monotonic() - start})
+    probs = torch.stack([load_network(name, args)["test"] for name in names])
+    scores = ensemble_metrics(probs, data.splits["test"][1].cpu())
+    print_table([{"one-shot of": len(names), **scores}], ["one-shot of", *scores])
 
 # ---- 7. The ensemble and its metrics -------------------------------------------------------------
 
@@ -602,7 +582,7 @@ class Ensemble(nn.Module):
     """Step 4 of the method: p(y | x) = mean_m p_m(y | x).
 
     members, data: as from `load_member`. forward: images (B, *data.shape) uint8 -> probabilities
-    (B, Y) of data.classes. Raises NesError for others: to floats networks would answer nonsense.
+    (B, Y) of data.classes. Raises NesError for others.
     """
 
     def __init__(self, members, data):
@@ -611,8 +591,8 @@ class Ensemble(nn.Module):
 
     def forward(self, images):
         if images.dtype != torch.uint8 or images.shape[1:] != self.data.shape:
-            fail(f"images must be uint8, (B, C, H, W) with (C, H, W) = {self.data.shape}, not "
-                 f"{images.dtype}, {tuple(images.shape)}; see read_image")
+            fail(f"images must be uint8, (B, *{self.data.shape}), not {images.dtype}, "
+                 f"{tuple(images.shape)}; see read_image")
         return torch.stack([predict(net, images, self.data) for net in self.members]).mean(dim=0)
 
 BINS = 15  # of confidence, for ECE and the reliability picture
@@ -746,13 +726,13 @@ class Data:
         epoch, position = divmod(step, len(labels) // size)
         order = torch.randperm(len(labels), generator=rng(*key, "epoch", epoch))
         chosen = order[position * size:][:size].to(labels.device)
-        x, y = images[chosen], labels[chosen]
+        x = images[chosen]
         if augment and (self.crop or self.mirror):
             torch.manual_seed(rng(*key, "augment", step).initial_seed())
             change = v2.Compose([v2.RandomCrop(self.shape[1:], self.crop, padding_mode="edge"),
                                  v2.RandomHorizontalFlip(0.5 * self.mirror)])
             x = torch.stack([change(image) for image in x])
-        return self.normalise(x), y
+        return self.normalise(x), labels[chosen]
 
 def load_data(dataset, data_dir="data", image_size=32, seed=0, device="cpu", crop=0, mirror=False):
     """Read a data set and split its training part at random by `seed` into the shares above.
@@ -765,21 +745,18 @@ def load_data(dataset, data_dir="data", image_size=32, seed=0, device="cpu", cro
         train, test, classes = read_torchvision(TORCHVISION[dataset], Path(data_dir))
     else:
         train, test, classes = read_folder(Path(dataset), image_size)
-    digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in (*train, *test)))
-    digest.update(json.dumps(classes).encode())
+    content = b"".join(part.numpy().tobytes() for part in (*train, *test)) + repr(classes).encode()
     order = torch.randperm(len(train[1]), generator=rng(seed, "splits"))
-    splits, start = {"test": test}, 0
-    for name, share in SHARES.items():
-        chosen = order[start:start + int(share * len(order))]
-        splits[name], start = tuple(part[chosen] for part in train), start + len(chosen)
-    if not all(len(labels) for _, labels in splits.values()):
+    sizes = [int(share * len(order)) for share in SHARES.values()]
+    if not all(sizes):
         fail(f"{dataset} has {len(order)} training images, too few for three splits: give it 20")
-    splits["both"] = tuple(map(torch.cat, zip(splits["train"], splits["validation"])))
-    pixels = splits["train"][0].float() / 255
-    std, mean = (v.view(-1, 1, 1).to(device) for v in torch.std_mean(pixels, dim=(0, 2, 3)))
-    splits = {name: (x.to(device), y.to(device)) for name, (x, y) in splits.items()}
-    return Data(splits, classes, mean, std.clamp_min(1e-3), tuple(test[0].shape[1:]), crop, mirror,
-                digest.hexdigest()[:8])
+    parts = dict(zip(SHARES, order[:sum(sizes)].split(sizes)))
+    parts["both"] = torch.cat([parts["train"], parts["validation"]])
+    (images, labels), test = ((x.to(device), y.to(device)) for x, y in (train, test))
+    splits = {name: (images[part], labels[part]) for name, part in parts.items()} | {"test": test}
+    std, mean = torch.std_mean(splits["train"][0].float() / 255, dim=(0, 2, 3), keepdim=True)
+    return Data(splits, classes, mean[0], std[0].clamp_min(1e-3), tuple(images.shape[1:]), crop,
+                mirror, hashlib.sha256(content).hexdigest()[:8])
 
 def read_torchvision(dataset_class, root):
     """Train and test part, (images (N, C, H, W), labels) each, and the classes of a data set.
@@ -788,8 +765,8 @@ def read_torchvision(dataset_class, root):
     """
     parts, raw = [], root / "FashionMNIST" / "raw"
     try:
-        for archive in DEBIAN_FASHION_MNIST.glob("*.gz") if "Fashion" in str(dataset_class) else ():
-            if not (raw / archive.stem).exists():
+        for archive in DEBIAN_FASHION_MNIST.glob("*.gz"):
+            if dataset_class == TORCHVISION["fmnist"] and not (raw / archive.stem).exists():
                 save(raw / archive.stem, gzip.decompress(archive.read_bytes()))
         for train in (True, False):
             part = dataset_class(root, train=train, download=True)  # only what is not there
@@ -798,8 +775,8 @@ def read_torchvision(dataset_class, root):
             parts.append((images, torch.as_tensor(part.targets)))
     except Exception as error:  # no network, no room, or whatever a damaged file raises
         fail(f"cannot read or download {dataset_class.__name__} in {root} ({error}): check the "
-             "network, or delete the damaged files there, or name the right folder with --data-dir "
-             "(or, for Fashion-MNIST, install Debian's package dataset-fashion-mnist)")
+             "network, or delete the damaged files, or name another --data-dir (for Fashion-MNIST: "
+             "or install Debian's package dataset-fashion-mnist)")
     return *parts, part.classes
 
 def read_image(path, shape):
@@ -807,43 +784,39 @@ def read_image(path, shape):
 
     As a viewer shows it: turned as the file says, and white where it is transparent.
     """
-    steps = [v2.Resize(shape[1:]), *[v2.Grayscale()] * (shape[0] == 1), v2.PILToTensor()]
     try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":  # which would become white
-                raise ValueError(f"its pixels are {image.mode}, not of 8 bits")
-            image = ImageOps.exif_transpose(image).convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            return v2.Compose(steps)(Image.alpha_composite(white, image).convert("RGB"))
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode[0] in "IF":  # which would become white
+            raise ValueError(f"its pixels are {image.mode}, not of 8 bits")
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = v2.functional.resize(image, shape[1:])
+        return v2.functional.pil_to_tensor(image.convert("L") if shape[0] == 1 else image)
     except Exception as error:  # a damaged image raises OSError, SyntaxError or ValueError
         fail(f"cannot read the image {path} ({error}): remove or replace it")
 
-def list_images(part):
-    """The files part/<class>/**/* that Pillow can read, in order, as paths relative to `part`.
+def read_folder(root, size):
+    """Images of root/{train,test}/<class>, resized to (size, size); grey if all of them are.
 
-    Hidden names are not looked into; other files are counted in a sentence.
+    Hidden names are not looked into; files that Pillow cannot read are counted in a sentence.
     """
     readable = {end for end, name in Image.registered_extensions().items() if name in Image.OPEN}
-    files = sorted(path for path in map(Path, glob.glob("*/**/*", root_dir=part, recursive=True))
-                   if not {"@eaDir", "__MACOSX"} & {*path.parts} and (part / path).is_file())
-    images = [path for path in files if path.suffix.lower() in readable]
-    if others := {*files} - {*images}:
-        say(f"{part}: left out {len(others)} files that are no images, such as {min(others)}")
-    return images
-
-def read_folder(root, size):
-    """Images under root/{train,test}/<class>, resized to (size, size); grey if all of them are."""
-    files = {root / part: list_images(root / part) for part in ("train", "test")}
-    classes, others = (sorted({path.parts[0] for path in paths}) for paths in files.values())
+    files = sorted(path for part in ("train", "test")
+                   for path in map(Path, glob.glob(f"{part}/*/**/*", root_dir=root, recursive=True))
+                   if not {"@eaDir", "__MACOSX"} & {*path.parts} and (root / path).is_file())
+    paths = [path for path in files if path.suffix.lower() in readable]
+    if others := {*files} - {*paths}:
+        say(f"{root}: left out {len(others)} files that are no images, such as {min(others)}")
+    parts = [[path for path in paths if path.parts[0] == part] for part in ("train", "test")]
+    classes, others = (sorted({path.parts[1] for path in part}) for part in parts)
     if classes != others or len(classes) < 2:
         fail(f"--dataset {root} is none of {KNOWN}, with the same two or more classes in both: "
              f"train has {classes} and test has {others}")
-    images = [torch.stack([read_image(part / path, (3, size, size)) for path in paths])
-              for part, paths in files.items()]
+    read = lambda path: read_image(root / path, (3, size, size))
+    images = [torch.stack([read(path) for path in part]) for part in parts]
     if all((x == x[:, :1]).all() for x in images):
         images = [x[:, :1].contiguous() for x in images]
-    labels = [torch.tensor([classes.index(path.parts[0]) for path in paths])
-              for paths in files.values()]
+    labels = [torch.tensor([classes.index(path.parts[1]) for path in part]) for part in parts]
     return *zip(images, labels), classes
 
 TOY_CLASSES = ["disc", "ring", "square", "diamond", "plus", "cross"]
@@ -866,79 +839,70 @@ def toy(count, *key):
 
 # ---- 10. Settings --------------------------------------------------------------------------------
 
-# Group -> rows: name, default, lowest value or the choices, what it is
-SETTINGS = {
-    "what to run": [
-        ("dataset", "fmnist", None, KNOWN),
-        ("samples", 5, 1, "members of the ensemble"),
-        ("one-shots", 20, 1, "members of the larger ensemble that is scored in one shot"),
-        ("baselines", [], ("all", *BASELINES), "other ensembles to train, too; see section 8"),
-        ("seed", 0, 0, "of everything random"),
-        ("device", "auto", None, "cpu, cuda, mps, or auto: an accelerator if there is one"),
-        ("workers", 0, 0, "processes that share the networks on a CPU; 0: one a core; 1: no other"),
-        ("out", "", None, "run folder; if empty, runs/<dataset>-<objective>-<seed>")],
-    "data": [
-        ("data-dir", "data", None, "where torchvision's data sets are, or are downloaded to"),
-        ("image-size", 32, 8, "side to which a folder's images are resized, pixels"),
-        ("crop", 0, 0, "largest random shift of a training image, pixels"),
-        ("mirror", False, None, "mirror half of the training images; not for digits or text")],
-    "search": [
-        ("search-channels", 8, 2, "channels of the supernet's first cell"),
-        ("search-batch", 64, 2, "images of a step"),
-        ("base-steps", 150, 1, "steps of the base search (DARTS)"),
-        ("hyper-steps", 1000, 1, "steps of the hypernetwork's training"),
-        ("search-lr", 0.05, 0, "learning rate of the weights; it and the next two fall to 0"),
-        ("alpha-lr", 0.01, 0, "learning rate of alpha in the base search"),
-        ("hyper-lr", 0.06, 0, "learning rate of the hypernetwork"),
-        ("second-order", False, None, "base search by the exact second-order gradient")],
-    "diversity": [
-        ("objective", "target", ("target", "paper"), "c (share - lambda)^2 or - lambda JSd"),
-        ("lambda-max", 1.0, 1e-6, "Lambda, the largest diversity"),
-        ("strength", 30.0, 0, "c, of the target objective"),
-        ("pivots", 6, 2, "K, pivots of the hypernetwork"),
-        ("noise", 0.3, 0, "scale of the Gumbel noise at the start; it falls to 0")],
-    "members": [
-        ("shared-epochs", 5, 0, "epochs of the one-shot weights; 0: the search's own"),
-        ("channels", 16, 2, "channels of a member's first cell"),
-        ("cells", 2, 1, "cells of a member"),
-        ("epochs", 5, 1, "epochs of a member's training"),
-        ("batch", 64, 2, "images of a step"),
-        ("lr", 0.006, 0, "largest learning rate")],
-}
-TOY_DEFAULTS = {"base_steps": 60, "hyper_steps": 400, "epochs": 8, "shared_epochs": 8,
-                "channels": 8}
+SETTINGS = [  # name, default, lowest value or the choices, what it is
+    # what to run
+    ("dataset", "fmnist", None, KNOWN),
+    ("samples", 5, 1, "members of the ensemble"),
+    ("one-shots", 20, 1, "members of the larger ensemble that is scored in one shot"),
+    ("baselines", [], ("all", *BASELINES), "other ensembles to train, too; see section 8"),
+    ("seed", 0, 0, "of everything random"),
+    ("device", "auto", None, "cpu, cuda, mps, or auto: an accelerator if there is one"),
+    ("workers", 0, 0, "processes that share the networks on a CPU; 0: one a core; 1: no other"),
+    ("out", "", None, "run folder; if empty, runs/<dataset>-<objective>-<seed>"),
+    # the data
+    ("data-dir", "data", None, "where torchvision's data sets are, or are downloaded to"),
+    ("image-size", 32, 8, "side to which a folder's images are resized, pixels"),
+    ("crop", 0, 0, "largest random shift of a training image, pixels"),
+    ("mirror", False, None, "mirror half of the training images; not for digits or text"),
+    # the searches
+    ("search-channels", 8, 2, "channels of the supernet's first cell"),
+    ("base-steps", 150, 1, "steps of the base search (DARTS)"),
+    ("hyper-steps", 1000, 1, "steps of the hypernetwork's training"),
+    ("search-lr", 0.05, 0, "learning rate of the weights; it and the next two fall to 0"),
+    ("alpha-lr", 0.01, 0, "learning rate of alpha in the base search"),
+    ("hyper-lr", 0.06, 0, "learning rate of the hypernetwork"),
+    ("second-order", False, None, "base search by the exact second-order gradient"),
+    # diversity
+    ("objective", "target", ("target", "paper"), "c (share - lambda)^2 or - lambda JSd"),
+    ("lambda-max", 1.0, 1e-6, "Lambda, the largest diversity"),
+    ("strength", 30.0, 0, "c, of the target objective"),
+    ("pivots", 6, 2, "K, pivots of the hypernetwork"),
+    ("noise", 0.3, 0, "scale of the Gumbel noise at the start; it falls to 0"),
+    # the members, and the shared weights
+    ("channels", 16, 2, "channels of a member's first cell"),
+    ("cells", 2, 1, "cells of a member"),
+    ("epochs", 5, 1, "epochs of a member's training"),
+    ("shared-epochs", 5, 0, "epochs of the one-shot weights; 0: the search's own"),
+    ("batch", 64, 2, "images of a step, in searches, too"),
+    ("lr", 0.006, 0, "a member's largest learning rate"),
+]
+TOY_DEFAULTS = dict(base_steps=60, hyper_steps=400, epochs=8, shared_epochs=8, channels=8)
 # What two commands that share a run folder may have different; of the data the digest tells
 FREE = {"dataset", "samples", "one_shots", "baselines", "device", "workers", "out", "data_dir"}
 
-def finite(kind, lowest):
-    """What argparse is to read a number with."""
-    def number(text):
-        if not lowest <= kind(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {lowest} up")
-        return kind(text)
-    return number
-
 def parse(argv=None):
     """The settings, from a command line. Raises NesError on a flag that cannot be."""
-    parser = argparse.ArgumentParser("nes.py", usage="nes.py [flags]", allow_abbrev=False,
-                                     description=__doc__.partition('"Diff')[0],
+    parser = argparse.ArgumentParser("nes.py", "nes.py [flags]", __doc__.partition('"Diff')[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message}; see --help")
-    for title, rows in SETTINGS.items():
-        group = parser.add_argument_group(title)
-        for name, default, allowed, text in rows:
-            kind = {bool: {"action": "store_true"}, list: {"nargs": "*", "choices": allowed},
-                    str: {"choices": allowed}}.get(type(default)) or {
-                "type": finite(type(default), allowed)}
-            group.add_argument(f"--{name}", default=default, help=f"{text} (%(default)s)", **kind)
+    for name, default, allowed, text in SETTINGS:
+        kind = {bool: {"action": "store_true"}, str: {"choices": allowed},
+                list: {"choices": allowed, "nargs": "*"}}.get(type(default))
+        parser.add_argument(f"--{name}", default=default, help=f"{text} (%(default)s)",
+                            **kind or {"type": type(default)})
     if parser.parse_args(argv).dataset == "toy":
         parser.set_defaults(**TOY_DEFAULTS)
     args = parser.parse_args(argv)
+    for name, default, lowest, _ in SETTINGS:
+        value = vars(args)[name.replace("-", "_")]
+        if type(default) in (int, float) and not lowest <= value < math.inf:
+            parser.error(f"--{name} {value} is not a number from {lowest} up")
     if args.lambda_max > 1 and args.objective == "target":
         parser.error("--lambda-max is at most 1 with --objective target, whose lambda is a share")
-    args.baselines = list(BASELINES) if "all" in args.baselines else args.baselines
-    name = Path(args.dataset).resolve().name
-    args.out = args.out or f"runs/{name}-{args.objective}-{args.seed}"
+    if "all" in args.baselines:
+        args.baselines = list(BASELINES)
+    of = Path(args.dataset).resolve().name
+    args.out = args.out or f"runs/{of}-{args.objective}-{args.seed}"
     return args
 
 def set_up(args):
@@ -954,11 +918,11 @@ def set_up(args):
     try:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        RANK, WORLD, barrier = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), dist.barrier
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # they wait for one another
     except (KeyError, ValueError, RuntimeError) as error:
         fail(f"WORLD_SIZE is set, but the other processes cannot be joined ({error}): start nes.py "
              "by torchrun, or unset WORLD_SIZE")
+    RANK, WORLD, barrier = dist.get_rank(), dist.get_world_size(), dist.barrier
 
 # ---- 11. Keeping work: errors are sentences, randomness has names, results outlive the process ---
 
@@ -979,7 +943,7 @@ def rng(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 def save(path, state):
-    """Write a checkpoint (.pt), text or bytes; a kill leaves the old file or the new, no half."""
+    """Write a checkpoint (.pt) or bytes; a kill leaves the old file or the new one, no half."""
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -987,44 +951,36 @@ def save(path, state):
         if path.suffix == ".pt":
             torch.save({"version": VERSION, **state}, part)
         else:
-            text = isinstance(state, str)
-            part.write_bytes(state.encode(errors="backslashreplace") if text else state)
-        os.replace(part, path)
+            part.write_bytes(state)
+        part.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            part.unlink()
-        fail(f"cannot write {path} ({error}): make room, or choose another place with --out, for "
-             "data with --data-dir")
+        fail(f"cannot write {path} ({error}): make room, or choose another --out or --data-dir")
 
 def remove_parts(folder):
-    """Remove what a kill in the midst of `save` left, but nothing that a living process writes."""
+    """Remove what a kill or a full disk left of `save`, where its process no longer lives."""
     for part in Path(folder).rglob("*.part"):
         try:
             os.kill(int(part.suffixes[-2][1:]), 0)  # sends nothing; raises if that process is gone
-        except ProcessLookupError:
+        except OSError:
             part.unlink(missing_ok=True)
-        except PermissionError:  # it lives, and is another user's
-            pass
 
 def load(path):
     """What `save` wrote to a .pt or .json file; None where there is none. Raises NesError."""
-    path = Path(path)
     try:
-        content = path.read_bytes()
+        content = Path(path).read_bytes()
+        if str(path).endswith(".json"):
+            return json.loads(content)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if state["version"] != VERSION:
+            raise ValueError
+        return state
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         fail(f"cannot read {path} ({error.strerror}): is it the right file, and yours to read?")
-    try:
-        if path.suffix == ".json":
-            return json.loads(content)
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged zip, pickle or JSON file raises almost anything
-        fail(f"{path} is damaged ({type(error).__name__}), or no file of nes.py. One of a run "
-             "folder: delete it and repeat the command, which computes what it held again")
-    if not isinstance(state, dict) or state.get("version") != VERSION:
-        fail(f"{path} is not from this version of nes.py: choose another --out")
-    return state
+        fail(f"{path} is damaged, or not of this version of nes.py ({type(error).__name__}): delete "
+             "it and repeat the command, or choose another --out")
 
 def file_of(name, args):
     """Where a finished phase or network is; what is still in training is unfinished/<name>."""
@@ -1052,10 +1008,8 @@ def check_settings(data, args):
     before = load(path) or now
     changed = [f"{k} {before.get(k)} (now {now[k]})" for k in now if before.get(k) != now[k]]
     if changed:
-        fail(f"{args.out} holds a run with {', '.join(changed)}: choose another --out, or those "
-             "settings")
-    if RANK == 0:
-        save(path, json.dumps(now, indent=1))
+        fail(f"{args.out} holds a run with {', '.join(changed)}: choose another --out")
+    save(path, json.dumps(now, indent=1).encode())
 
 def resumable(name, steps, parts, data, args):
     """The loop under all training: yields (step, losses) for each step that is still to do.
@@ -1066,31 +1020,31 @@ def resumable(name, steps, parts, data, args):
     "history", a list of {"step": ..., loss: mean}.
     """
     check_settings(data, args)
-    state = load_network(name, args) or load_network(f"unfinished/{name}", args) or {
-        "step": 0, "seconds": 0.0, "history": []}
+    state = {"step": 0, "seconds": 0.0, "history": []} | (
+        load_network(name, args) or load_network(f"unfinished/{name}", args) or {})
     for part in parts.keys() & state.keys():
         parts[part].load_state_dict(state[part])
     if 0 < state["step"] < steps:
         print(f"{name}: goes on after step {state['step']} of {steps}", flush=True)
     start, sums = time.monotonic() - state["seconds"], {}
     for step in range(state["step"], steps):
-        losses = {}
-        yield step, losses
+        yield step, (losses := {})
         sums = {key: sums.get(key, 0) + value.detach() for key, value in losses.items()}
         done = step + 1
         if done % max(1, min(100, steps // 15)) and done < steps:
             continue
         means = {key: float(value) / (done - state["step"]) for key, value in sums.items()}
+        words = "  ".join(f"{key} {value:.3f}" for key, value in means.items())
         if not all(map(math.isfinite, means.values())):
             fail(f"the loss of {name} is not a number at step {done}: lower --lr (in a search "
                  "--search-lr, --alpha-lr or --hyper-lr), in another --out")
-        history = [*state["history"], {"step": done, **means}]
-        sums, state = {}, {"step": done, "seconds": time.monotonic() - start, "history": history}
-        words = "  ".join(f"{key} {value:.3f}" for key, value in means.items())
-        print(f"{name:<19}{done:>6}/{steps:<6}{words}   {state['seconds']:6.0f} s, "
-              f"{state['seconds'] * (steps / done - 1):5.0f} s left", flush=True)
-        save(file_of(f"unfinished/{name}", args),
-             state | {part: module.state_dict() for part, module in parts.items()})
+        sums, seconds = {}, time.monotonic() - start
+        print(f"{name:<19}{done:>6}/{steps:<6}{words}   {seconds * (steps / done - 1):5.0f} s left",
+              flush=True)
+        state = {"step": done, "seconds": seconds, "history": [
+            *state["history"], {"step": done, **means}]}
+        kept = {part: module.state_dict() for part, module in parts.items()}
+        save(file_of(f"unfinished/{name}", args), state | kept)
 
 def anneal(optimizer, factor):
     """Set the learning rate to `factor` of the one that the optimizer was made with."""
@@ -1120,58 +1074,47 @@ def load_member(path):
 
 def load_ensemble(folder, one_shots=0):
     """The Ensemble of a run folder: its trained members, or its first `one_shots` in one shot."""
-    results = load(Path(folder) / "results.json") or fail(
-        f"{folder} holds no results.json: finish that run first")
+    results = load(Path(folder) / "results.json") or fail(f"finish that run first: {folder}")
     shots = results["one_shots"]["files"]
     if not 0 <= one_shots <= len(shots):
-        fail(f"{folder} has {len(shots)} one-shot networks, not {one_shots}: for more repeat its "
-             "command with a larger --one-shots")
-    files = shots[:one_shots] if one_shots else [member["file"] for member in results["members"]]
+        fail(f"{folder} has {len(shots)} one-shot networks, not {one_shots}: see --one-shots")
+    files = shots[:one_shots] or [member["file"] for member in results["members"]]
     members, data = zip(*(load_member(Path(folder) / file) for file in files))
     return Ensemble(members, data[0])
 
 # ---- 12. Pictures --------------------------------------------------------------------------------
-
-STATES = ["c[k-2]", "c[k-1]", "node 0", "node 1", "node 2", "node 3"]
 
 def plot_cell(axis, entries, base=(), title=""):
     """A cell, to be read from top to bottom: a column for each input and node.
 
     entries: of one kind, as `genotype` lists them. Each is an arrow from its source's column to its
     node's, with its operation on it, orange where it is not in `base`. Below its two arrows a node
-    holds their sum, and at the bottom the four nodes are concatenated.
+    holds their sum; at the bottom all nodes are concatenated.
     """
     style, height = {"ha": "center", "va": "center", "fontsize": 7.5}, 3
-    box = {"boxstyle": "round", "fc": "lightgrey", "ec": "grey"}
-    bottom = -height * NODES - 0.3
-    for column, label in enumerate(STATES):
-        first = height * (2 - column)  # where a node's first arrow ends
-        top, place = (1.5, 1.5) if column < 2 else (first, first - 1.8)
+    box, bottom = {"boxstyle": "round", "fc": "lightgrey", "ec": "grey"}, -height * NODES - 0.3
+    for column, label in enumerate(["c[k-2]", "c[k-1]", *(f"node {n}" for n in range(NODES))]):
+        top = min(1.5, height * (2 - column))  # an input's column; or where a node's arrows end
         axis.plot([column, column], [top, bottom], color="lightgrey", lw=1, zorder=0)
-        axis.text(column, place, label, bbox=box, **style)
+        axis.text(column, 1.5 if column < 2 else top - 1.8, label, bbox=box, **style)
     for i, (name, source) in enumerate(entries):
         node, y = i // 2 + 2, -height * (i // 2) - i % 2
         known = not base or [name, source] in base[i // 2 * 2:][:2]
-        color = "tab:blue" if known else "tab:orange"
-        axis.annotate("", (node, y), (source, y), arrowprops={
-            "arrowstyle": "-|>", "color": color, "lw": 2, "shrinkA": 0, "shrinkB": 0})
-        axis.text((source + node - 0.1) / 2, y + 0.42, name, color=color, bbox={
-            "pad": 0.3, "fc": "white", "ec": "none"}, **style)
+        arrow = {"arrowstyle": "-|>", "color": "tab:blue" if known else "tab:orange", "lw": 2}
+        axis.annotate("", (node, y), (source, y), arrowprops=arrow | {"shrinkA": 0, "shrinkB": 0})
+        axis.text((source + node) / 2, y + 0.42, name, color=arrow["color"], **style)
     axis.text(3.5, bottom, "c[k]: the four nodes, concatenated", bbox=box, **style)
     axis.set(xlim=(-0.5, 5.5), ylim=(bottom - 0.6, 2.1), title=title)
     axis.axis("off")
 
-def plot_response(axis, responses, members):
-    """Matched entries against lambda, mean and range of one or more runs; members are marked."""
-    read = lambda points, key: torch.tensor([float(point[key]) for point in points])
-    lam = read(responses[0], "lambda")
-    lines = torch.stack([read(points, "matched_entries") for points in responses])
-    axis.plot(lam, ENTRIES * (1 - lam / max(1, lam[-1])), ":", color="grey", label="ideal")
+def plot_response(axis, points, members):
+    """Entries that are the base's against lambda: of `lambda_response`'s points, and members."""
+    for rows, style, label in ((points, "o-", "hypernetwork"), (members, "D", "members")):
+        read = lambda key: [row[key] for row in rows]
+        axis.plot(read("lambda"), read("matched_entries"), style, label=label)
+    end = points[-1]["lambda"]
+    axis.plot([0, end], [ENTRIES, ENTRIES * (1 - min(1, end))], ":", color="grey", label="ideal")
     axis.axhline(CHANCE_ENTRIES, ls="--", color="grey", label="chance")
-    axis.fill_between(lam, lines.amin(0), lines.amax(0), alpha=0.3)
-    axis.plot(lam, lines.mean(0), "o-", label="read off the hypernetwork")
-    axis.plot(read(members, "lambda"), read(members, "matched_entries"), "D", color="tab:orange",
-              label="sampled members")
     axis.set(xlabel="lambda", ylabel=f"entries of {ENTRIES} that are the base's", title="The dial")
     axis.legend(fontsize=8)
 
@@ -1181,8 +1124,7 @@ def plot_sizes(axis, probs, labels):
     sizes = range(1, len(probs) + 1)
     axis.plot(sizes, [accuracy(probs[:m]) for m in sizes], "o-", label="the first members together")
     axis.plot(sizes, [accuracy(p[None]) for p in probs], "x", color="grey", label="each alone")
-    axis.set(xlabel="members", ylabel="test accuracy, %", title="Accuracy against ensemble size",
-             xticks=sizes)
+    axis.set(xlabel="members", ylabel="test accuracy, %", title="Ensemble size", xticks=sizes)
     axis.legend(fontsize=8)
 
 def plot_reliability(axis, probs, labels):
@@ -1196,20 +1138,19 @@ def plot_reliability(axis, probs, labels):
     axis.legend(fontsize=8)
 
 def save_pictures(results, labels, args):
-    """results.png: the dial, ensemble size, reliability; cells.png: base and first 20 members."""
+    """results.png: the dial, ensemble size, reliability; cells.png: the first 20 members."""
     members, base = results["members"], results["base"]["genotype"]
     probs = torch.stack([load(Path(args.out) / member["file"])["test"] for member in members])
-    cells = [("base (below, orange is what it has not)", base)]
-    cells += [(f"lambda {member['lambda']:.2f}, {member['matched_entries']} of 16 entries",
-               member["genotype"]) for member in members[:20]]
-    figures = {"results": Figure((15, 4)), "cells": Figure((11, 4.2 * len(cells)))}
+    figures = {"results": Figure((15, 4)), "cells": Figure((11, 4.2 * len(members[:20])))}
     dial, size, reliability = figures["results"].subplots(1, 3)
-    plot_response(dial, [results["lambda_response"]["points"]], members)
+    plot_response(dial, results["lambda_response"]["points"], members)
     plot_sizes(size, probs, labels)
     plot_reliability(reliability, probs, labels)
-    for axes, (title, cell) in zip(figures["cells"].subplots(len(cells), 2), cells):
-        for axis, kind in zip(axes, KINDS):
-            plot_cell(axis, cell[kind], base[kind], f"{title}: {kind} cell")
+    axes = figures["cells"].subplots(len(members[:20]), 2, squeeze=False)
+    for row, member in zip(axes, members):
+        for axis, kind in zip(row, KINDS):
+            title = f"lambda {member['lambda']:.2f}, {kind} cell; orange is not in the base's"
+            plot_cell(axis, member["genotype"][kind], base[kind], title)
     for name, figure in figures.items():
         figure.savefig(png := io.BytesIO(), dpi=110, bbox_inches="tight")
         save(Path(args.out) / f"{name}.png", png.getvalue())
@@ -1227,13 +1168,14 @@ def say(text):
 
 def run(args):
     """All steps of the method in turn, as one rank; in the end all is in the folder args.out."""
+    if hasattr(sys.stdout, "reconfigure"):  # a letter that the terminal lacks is no error
+        sys.stdout.reconfigure(errors="backslashreplace")
     say("settings: " + "  ".join(f"{name}={value}" for name, value in vars(args).items()))
     if RANK > 0:
         barrier()  # the first rank searches, then the others find its files
     remove_parts(args.out)
     data = load_data(args.dataset, args.data_dir, args.image_size, args.seed, args.device,
                      args.crop, args.mirror)
-    say("data: " + "  ".join(f"{name} {len(y)}" for name, (_, y) in data.splits.items()))
     net, base_p = base_search("base", data, args)
     base = discretise(base_p)
     say(f"the base: {count_operations(base)}")
@@ -1244,123 +1186,93 @@ def run(args):
     print_table(response["points"], ["lambda", "matched_entries"])
     say("Spearman's correlation {spearman:.3f} (ideal: -1), calibration error "
         "{calibration_error:.3f} (ideal: 0)".format(**response))
-    methods = make_networks(base, hyper, data, args)
+    methods = make_networks(net, base, hyper, data, args)
     if RANK == 0:
         rows = {method: score(method, *made, base, data, args) for method, made in methods.items()}
         members = describe(hyper, base_p, sample_lambdas(args.samples, args.lambda_max))
         report(rows, response, members, base, data, args)
     barrier()
 
-def make_networks(base, hyper, data, args):
-    """Train what every method needs: method -> (its searches, its networks, how many are taken).
-
-    Searches and networks are names of files, <out>/<name>.pt.
-    """
+def make_networks(net, base, hyper, data, args):
+    """Train what every method needs: method -> (its searches, its networks), names of files."""
     pool = sample(hyper, sample_lambdas(max(args.samples, args.one_shots), args.lambda_max))
     ours, shots = pool[:args.samples], [f"one_shot/{fingerprint(arch)}" for arch in pool]
-    searches = ["base", "hyper", *["shared"] * (args.shared_epochs > 0)]
     wanted = {"ours": (["base", "hyper"], ours)}
     wanted |= {method: BASELINES[method](base, ours, data, args) for method in args.baselines}
-    methods, jobs = {}, {(*searches, *shots): (make_one_shots, shots, pool, hyper)}
-    for method, (needed, archs) in wanted.items():
+    jobs, methods = {"one-shots": (make_one_shots, shots, pool, net, hyper)}, {}
+    for method, (searches, archs) in wanted.items():
         names = [f"members/{fingerprint(arch)}-{i}" for i, arch in enumerate(archs)]
-        methods[method] = needed, names, args.samples
-        jobs |= {(name,): (train_member, name, arch, i)
-                 for i, (name, arch) in enumerate(zip(names, archs))}
+        jobs |= {name: (train_member, name, archs[i], i) for i, name in enumerate(names)}
+        methods[method] = searches, names
     deal_out(jobs, data, args)
-    for title, count in (("ours, one-shot", args.samples),
-                         (f"one-shot of {args.one_shots}", args.one_shots)):
-        methods[title] = searches, shots[:count], count
+    searches = ["base", "hyper", *["shared"] * (args.shared_epochs > 0)]
+    methods["ours, one-shot"] = searches, shots[:args.samples]
+    methods[f"one-shot of {args.one_shots}"] = searches, shots[:args.one_shots]
     return methods
 
-def make_one_shots(names, archs, hyper, data, args):
-    """The shared weights and all one-shot networks: one job, whose scores stand before the rest."""
-    if args.shared_epochs:
-        train_shared("shared", hyper, data, args)
-    for name, arch in zip(names, archs):
-        if not file_of(name, args).exists():
-            make_one_shot(name, arch, data, args)
-    probs = torch.stack([load_network(name, args)["test"] for name in names])
-    scores = ensemble_metrics(probs, data.splits["test"][1].cpu())
-    print_table([{"one-shot of": len(names), **scores}], ["one-shot of", *scores])
-
 def deal_out(jobs, data, args):
-    """Do all jobs, each rank its part: (names of the files it makes) -> (function, *arguments).
+    """Do all jobs, each rank its part: name of the file that a job makes -> (function, *arguments).
 
     On a CPU with one thread: small kernels gain little from a second, and results do not depend on
     the number of cores.
     """
-    left = [job for names, job in jobs.items()
-            if not all(file_of(name, args).exists() for name in names)]
-    barrier()  # all have the same list before one of them finishes something
-    mine, threads = left[RANK::WORLD], torch.get_num_threads()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1 if args.device == "cpu" else threads)
-    for i, (function, *arguments) in enumerate(mine):
-        print(f"process {RANK}: job {i + 1} of {len(mine)}", flush=True)
-        function(*arguments, data, args)
+    for name, (function, *arguments) in list(jobs.items())[RANK::WORLD]:
+        if not file_of(name, args).exists():
+            print(f"process {RANK}: {name}", flush=True)
+            function(*arguments, data, args)
     torch.set_num_threads(threads)
     barrier()
 
-def score(method, searches, names, count, base, data, args):
-    """The rows of a method: one for each of its networks, then one for the ensemble of `count`.
+def score(method, searches, names, base, data, args):
+    """The rows of a method: one for each of its networks, then one for their ensemble.
 
-    Of more networks `forward_selection` chooses. ledger.csv, results.json and the tables are made
-    of these rows. seconds: of a network its training, of an ensemble all that the method needs.
+    Of more networks than --samples a baseline chooses, by `forward_selection`. ledger.csv,
+    results.json and the tables are made of these rows. seconds: of a network its training, of an
+    ensemble all that the method needs, added up over processes.
     """
     files = [load_network(name, args) for name in names]
-    test, selection = (torch.stack([file[split] for file in files])
-                       for split in ("test", "selection"))
-    labels, selection_labels = (data.splits[split][1].cpu() for split in ("test", "selection"))
-    chosen, lambdas = list(range(len(names))), [""] * len(names)
-    if len(names) > count:
-        chosen = forward_selection(selection, selection_labels, count)
-    if "hyper" in searches:
-        lambdas = sample_lambdas(len(names), args.lambda_max)
+    chosen, labels = list(range(len(names))), data.splits["test"][1].cpu()
+    if method in BASELINES and len(names) > args.samples:
+        chosen = forward_selection(torch.stack([file["selection"] for file in files]),
+                                   data.splits["selection"][1].cpu(), args.samples)
+    lambdas = sample_lambdas(len(names), args.lambda_max)
     run = {"dataset": args.dataset, "seed": args.seed, "method": method}
     rows = [run | {
-        "index": i, "chosen": int(i in chosen), "lambda": lambdas[i],
+        "index": i, "chosen": int(i in chosen), "lambda": lambdas[i] if "hyper" in searches else "",
         "entries": int(matched_entries(file["network"]["arch"], base)), "seconds": file["seconds"],
-        **ensemble_metrics(test[[i]], labels),
-        "selection_accuracy": ensemble_metrics(selection[[i]], selection_labels)["accuracy"],
-        "file": f"{name}.pt", "genotype": json.dumps(genotype(file["network"]["arch"]))}
+        "file": f"{name}.pt", "genotype": json.dumps(genotype(file["network"]["arch"])),
+        **ensemble_metrics(file["test"][None], labels)}
         for i, (name, file) in enumerate(zip(names, files))]
     return [*rows, run | {
-        "index": "ensemble", "networks": len(rows),
-        "seconds": seconds_of([*searches, *names], args),
-        **ensemble_metrics(test[chosen], labels),
+        "index": "ensemble",
+        "seconds": sum(load_network(name, args)["seconds"] for name in {*searches, *names}),
+        **ensemble_metrics(torch.stack([files[i]["test"] for i in chosen]), labels),
         "member_mean": sum(rows[i]["accuracy"] for i in chosen) / len(chosen)}]
-
-def seconds_of(names, args):
-    """What some searches and networks took together, added up over processes."""
-    return round(sum(load_network(name, args)["seconds"] for name in set(names)))
 
 def report(rows, response, described, base, data, args):
     """Write results.json, ledger.csv and the pictures; print tables. rows: method -> of `score`."""
     ours, shots, more = rows["ours"], rows["ours, one-shot"], rows[f"one-shot of {args.one_shots}"]
+    ensembles = {method: part[-1] for method, part in rows.items()}
     members = [mine | member | {"one_shot": shot}
                for mine, member, shot in zip(ours, described, shots)]
-    ensembles = [part[-1] for part in rows.values()]
     results = {
         "settings": vars(args) | {"images": data.digest},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "torchvision": torchvision.__version__},
-        "seconds": {"base": seconds_of(["base"], args), "hypernetwork": seconds_of(["hyper"], args),
-                    "members": ours[-1]["seconds"], "one_shot": shots[-1]["seconds"]},
+        "versions": {"python": sys.version, "torch": torch.__version__},
+        "seconds": {name: load_network(name, args)["seconds"] for name in ("base", "hyper")},
         "base": {"genotype": genotype(base), "operations": count_operations(base)},
-        "lambda_response": response, "members": members,
-        "methods": {row["method"]: row for row in ensembles},
+        "lambda_response": response, "members": members, "methods": ensembles,
         "ensemble": ours[-1], "one_shot": shots[-1],
         "one_shots": more[-1] | {"files": [row["file"] for row in more[:-1]]}}
-    rows = sum(rows.values(), [])
-    writer = csv.DictWriter(text := io.StringIO(), dict.fromkeys(sum(map(list, rows), [])),
-                            restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    save(Path(args.out) / "results.json", json.dumps(results, indent=1))
-    save(Path(args.out) / "ledger.csv", text.getvalue())
+    save(Path(args.out) / "results.json", json.dumps(results, indent=1).encode())
+    table = csv.DictWriter(text := io.StringIO(), [*ours[0], "member_mean"], lineterminator="\n")
+    table.writeheader()
+    table.writerows(sum(rows.values(), []))
+    save(Path(args.out) / "ledger.csv", text.getvalue().encode(errors="backslashreplace"))
     save_pictures(results, data.splits["test"][1].cpu(), args)
     print_table(members, ["index", "lambda", "entries", "accuracy", "nll", "ece"])
-    print_table(ensembles, [key for key in ours[-1] if key not in ("dataset", "seed", "index")])
+    print_table(ensembles.values(), list(ours[-1])[2:])
     say(f"\neverything is in {args.out}")
 
 def print_table(rows, columns):
@@ -1371,77 +1283,67 @@ def print_table(rows, columns):
     lines.insert(1, ["-" * width for width in widths])
     say("\n" + "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines))
 
-@contextlib.contextmanager
-def sentences(speaks=lambda: True):
-    """End the process with one sentence: an error with status 2, Ctrl-C with 130."""
-    if hasattr(sys.stdout, "reconfigure"):  # a letter that the terminal lacks is no error
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        yield
-    except NesError as error:
-        if speaks():
-            print(f"nes.py: error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("\nnes.py: stopped; the same command goes on where it was", file=sys.stderr)
-        raise SystemExit(130) from None
-    except BrokenPipeError:  # the reader has seen enough: ... | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
 def start_ranks(count, args):
     """Run this program as `count` processes on this machine, until all end or one fails."""
     # glibc would give freed blocks back, and fault each large tensor in again, page by page: a
     # member's step took 1.16 to 1.20 times as long (two threads, two pairs of runs).
     os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_MAX_": "0"}
-    logging.getLogger(mp.spawn.__module__).setLevel("ERROR")  # a rank says itself what was wrong
+    logging.getLogger(mp.spawn.__module__).setLevel("ERROR")  # here a rank's error is told below
     unguarded = ("the processes cannot start: call nes.main in a file, under `if __name__ == "
                  "\"__main__\":`, for each of them imports that file; or add --workers 1")
-    script = getattr(sys.modules["__main__"], "__file__", None)
-    if script and not Path(script).exists():  # read from standard input
-        fail(unguarded)
+    if not os.path.exists(getattr(sys.modules["__main__"], "__file__", __file__)):
+        fail(unguarded)  # a script that is read from standard input
     context = mp.get_context("spawn")
+    shared = context.Barrier(count), context.SimpleQueue()
     try:
-        shared = context.Barrier(count), context.Lock()
         mp.spawn(run_rank, (*shared, count, args), count, daemon=True)
     except RuntimeError:  # this is such an import: the parent tells
-        raise SystemExit(1) from None
+        sys.exit(1)
     except mp.ProcessExitedException as error:
-        if error.exit_code == 1:
-            fail(unguarded)
+        if error.exit_code == 2:
+            raise shared[1].get()
         if error.exit_code < 0:
             fail(f"a process was ended by {error.signal_name}: repeat the command, with fewer "
                  "--workers if memory is short")
-        raise SystemExit(error.exit_code) from None  # it has said why
+        fail(unguarded)
 
-def run_rank(rank, wait_for_all, lock, count, args):
+def run_rank(rank, wait_for_all, errors, count, args):
     """A rank's whole life, which ends with its parent's, however that ended."""
     global RANK, WORLD, barrier
     RANK, WORLD, barrier = rank, count, wait_for_all.wait
     # Linux sends SIGINT when the parent dies, which a run in the background has inherited ignored
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if mp.parent_process().is_alive():  # else it died before Linux was asked for that
-        with sentences(lambda: lock.acquire(block=False)):  # of several that fail alike one speaks
+    try:
+        if mp.parent_process().is_alive():  # else it died before Linux was asked for that
             run(args)
+    except (NesError, BrokenPipeError) as error:
+        errors.put(error)  # the parent raises the first one
+        os._exit(2)
 
 def main(argv=None):
     """The program: parse the flags, run the method, return the results (what results.json holds).
 
     An error ends the program with one sentence and exit status 2, Ctrl-C with 130.
     """
-    with sentences():
+    try:
         args = parse(argv)
         set_up(args)
         path, count = Path(args.out) / "results.json", args.workers or torch.get_num_threads()
-        done = vars(args).items() <= ((load(path) or {}).get("settings") or {}).items()
+        done = vars(args).items() <= (load(path) or {"settings": {}})["settings"].items()
         if args.device == "cpu" and WORLD == 1 and count > 1 and not done:
             start_ranks(count, args)
         else:
             run(args)
         return load(path)
+    except NesError as error:
+        print(f"nes.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nnes.py: stopped; the same command goes on where it was", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader has seen enough: ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 # ---- 14. CPU kernels: what makes it fast there; skip at first reading ----------------------------
 

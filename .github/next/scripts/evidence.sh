@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# All runs of the evidence in results.md, one after the other, into one folder; what is there is
+# kept, and a run that was killed goes on. Some fifteen hours on two cores:
+#     bash .github/evidence.sh DIR CIFAR
+# DIR: where the run folders are made; CIFAR: CIFAR-10 as a folder of train/ and test/.
+set -euo pipefail
+out=$1 cifar=$2
+nes() { python "$(dirname "$0")/../nes.py" "$@"; }  # keeps what a folder has
+with_search_of() {         # the same search, not repeated
+  [ -d "$2" ] || { mkdir -p "$2"; cp "$1"/{base,hyper}.pt "$2"; }
+}
+
+main() {                   # the main command's recipe: main SEED BASELINES
+  nes --dataset fmnist --samples 5 --one-shots 50 --seed $1 --baselines "${@:2}" \
+    --out "$out/fmnist-$1"
+}
+for seed in 0 1 2 3 4; do main $seed single deep perturbed random; done
+for seed in 0 1 2 3 4; do  # equal compute: one network, and shared weights, for longer
+  for epochs in 4 8 12 20; do
+    run=$out/epochs-$epochs-$seed shared=$((epochs < 20 ? epochs : 0))
+    with_search_of "$out/fmnist-$seed" "$run"
+    nes --samples 1 --baselines single --epochs $epochs --shared-epochs $shared --seed $seed \
+      --out "$run"
+  done
+done
+dial() {                   # the dial after half and twice the steps, and with the paper's objective
+  OMP_NUM_THREADS=1 python "$(dirname "$0")/ablation.py" --without default --seeds 0 1 2 3 4 \
+    --out "$out/dial-$1" "${@:2}"
+}
+dial twice --hyper-steps 2000 &
+dial half --hyper-steps 500
+dial paper --objective paper --lambda-max 4
+wait
+for seed in 0 1 2; do      # another data set
+  nes --dataset "$cifar" --samples 3 --epochs 6 --shared-epochs 6 --crop 4 --mirror --seed $seed \
+    --baselines single deep perturbed --out "$out/cifar10-$seed"
+done
+for seed in 0 1 2; do main $seed single deep perturbed random nes-rs darts; done
