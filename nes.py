@@ -1,11 +1,9 @@
 """Neural ensemble search with diversity control, in one file.
 
-  python nes.py --dataset toy --samples 3       three members on drawn shapes, a minute or two:
-                                                does it run here?
-  python nes.py --dataset fmnist --samples 5    the method on Fashion-MNIST: searches, reads five
-                                                architectures off the dial, trains and averages them
+  python nes.py --dataset toy --samples 3       does it run here? drawn shapes, a minute or two
+  python nes.py --dataset fmnist --samples 5    the method on Fashion-MNIST, with five members
 
-All that a run computes is in its folder, --out; the same command goes on where it was stopped.
+Results are in the run's folder, --out. The same command goes on where it was stopped.
 
 "Differentiable algorithm for searching ensembles of deep learning models with diversity control"
 (Yakovlev, Bakhteev, Petrushina, Babkin):
@@ -14,28 +12,23 @@ All that a run computes is in its folder, --out; the same command goes on where 
   2  a hypernetwork learns a dial, lambda -> alpha(lambda), from the base at 0 to one that has
      next to nothing of it at 1:       min_a E_lambda [L_val(w*, arch) + c (share(arch) - lambda)^2]
      arch: a finished architecture drawn from alpha(lambda), which the table a makes; share(arch):
-     the share of the base's 16 entries that it has not, its Jensen-Shannon divergence / ln 2
-     (--objective paper is the paper's own term, - lambda JSd; section 7 says why it is an option)
+     the share of the base's 16 entries that it lacks, its Jensen-Shannon divergence / ln 2
   3  reading alpha(lambda_1), ..., alpha(lambda_M) gives M architectures in one shot
   4  their ensemble is the answer:     p(y | x) = mean_m p_m(y | x)
 
-  1 settings          2 keeping work      3 data                4 architectures as tensors
-  5 cell and network  6 the base search   7 the hypernetwork    8 sampling and the dial
-  9 members           10 one shot         11 the ensemble       12 other ensemble searches
-  13 pictures         14 the run          15 CPU kernels
-
-Sections 4 to 11 are the method, in the paper's order. At a first reading take names and docstrings
-of 1 to 3, and skip 12 to 15, which run all that and make the result believable.
+Sections 1 to 8 are the method; 9 to 14 carry it and can wait: data, settings, keeping work,
+pictures, the run, CPU kernels. From these the method uses
+  rng(*key)            a random generator that depends on `key` alone
+  resumable(name, ..)  the loop under all training, with log rows and checkpoints
+  save, load           files of a run folder
+  fail(sentence)       an error, for the user to read
 
 Letters for shapes: B batch, C channels, H and W height and width, K pivots, M members, N points,
 Y classes, O = 7 operations, E = 14 edges of a cell. Whatever says which operations run has the
 shape (2, E, O), first the normal cell, then the reduction cell.
 """
 import argparse
-import contextlib
 import csv
-import ctypes
-import dataclasses
 import gzip
 import hashlib
 import io
@@ -43,452 +36,26 @@ import json
 import logging
 import math
 import os
-import pickle
-import platform
-import sqlite3
+import signal
 import sys
-import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-import torch.nn as nn
-import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
+from torch import distributed as dist, multiprocessing as mp, nn
+from torch.nn import functional as F
 from torchvision.transforms import v2
 
-# ---- 1. Settings ---------------------------------------------------------------------------------
-
-# What `architectures` can make beside ours. A new one: its name here, its architectures there, and
-# in method_rows the searches that it needs.
-BASELINES = ("chosen", "single", "deep", "random", "perturbed", "nes-rs", "darts")
-
-# A group's title, or a row: name, default, lowest value or the choices, what it is
-SETTINGS = [
-    "what to run",
-    ("dataset", "fmnist", None, "fmnist, cifar10, toy, or a folder of {train,test}/<class>/*"),
-    ("samples", 5, 1, "members of the ensemble"),
-    ("one-shots", 20, 1, "members of the larger ensemble that is scored in one shot"),
-    ("baselines", [], ("all", *BASELINES), "other ensembles to train, too; README and section 12"),
-    ("seed", 0, None, "of everything random"),
-    ("device", "auto", None, "cpu, cuda, mps, or auto: an accelerator if there is one"),
-    ("workers", 0, 0, "processes, one thread each, that train members on a CPU; 0: one a core"),
-    ("out", "", None, "run folder; if empty, runs/<dataset>-<objective>-<seed>"),
-    ("log-every", 100, 1, "most steps between log rows, and between checkpoints"),
-    "data",
-    ("data-dir", "data", None, "where torchvision's data sets are, or are downloaded to"),
-    ("image-size", 32, 8, "side to which a folder's images are resized, pixels"),
-    ("crop", 0, 0, "largest random shift of a training image, pixels"),
-    ("mirror", False, None, "mirror half of the training images; not for digits or text"),
-    "search",
-    ("search-channels", 8, 2, "channels of the supernet's first cell"),
-    ("search-cells", 2, 1, "cells of the supernet"),
-    ("search-batch", 64, 2, "images of a step"),
-    ("base-steps", 150, 1, "steps of the base search (DARTS)"),
-    ("hyper-steps", 1000, 1, "steps of the hypernetwork's training"),
-    ("search-lr", 0.05, 0, "learning rate of the weights; it and the next two fall as a cosine"),
-    ("alpha-lr", 0.01, 0, "learning rate of alpha in the base search"),
-    ("hyper-lr", 0.06, 0, "learning rate of the hypernetwork"),
-    ("second-order", False, None, "base search by the exact second-order gradient"),
-    "diversity",
-    ("objective", "target", ("target", "paper"), "c (share - lambda)^2 or - lambda JSd"),
-    ("lambda-max", 1.0, 1e-6, "Lambda, the largest diversity"),
-    ("strength", 30.0, 0, "c, of the target objective"),
-    ("pivots", 6, 2, "K, pivots of the hypernetwork"),
-    ("noise", 0.3, 0, "scale of the Gumbel noise at the start; it falls to 0"),
-    "members",
-    ("shared-epochs", 5, 0, "epochs of the one-shot weights; 0: the search's own"),
-    ("channels", 16, 2, "channels of a member's first cell"),
-    ("cells", 2, 1, "cells of a member"),
-    ("epochs", 5, 1, "epochs of a member's training"),
-    ("batch", 64, 2, "images of a step"),
-    ("lr", 0.006, 0, "largest learning rate"),
-    ("weight-decay", 0.05, 0, "weight decay"),
-]
-TOY_DEFAULTS = {"base_steps": 60, "hyper_steps": 400, "epochs": 8, "shared_epochs": 8,
-                "channels": 8}
-# What may differ between two commands that share a run folder
-FREE = {"samples", "one_shots", "out", "data_dir", "device", "baselines", "log_every", "workers",
-        "dataset"}  # that the images are the same is seen in their digest
-
-def parse(argv=None):
-    """The settings, from a command line. Raises NesError on a flag that cannot be."""
-    parser = argparse.ArgumentParser("nes.py", usage="nes.py [flags]", allow_abbrev=False,
-                                     description=__doc__.partition('"Diff')[0],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(f"{message}; see --help")
-    for row in SETTINGS:
-        if isinstance(row, str):
-            group = parser.add_argument_group(row)
-            continue
-        name, default, allowed, text = row
-        kind = {bool: {"action": "store_true"}, list: {"nargs": "*", "choices": allowed},
-                str: {"choices": allowed}}.get(type(default), {"type": type(default)})
-        group.add_argument(f"--{name}", default=default, help=f"{text} (%(default)s)", **kind)
-    if parser.parse_args(argv).dataset == "toy":
-        parser.set_defaults(**TOY_DEFAULTS)
-    args = parser.parse_args(argv)
-    for name, _, lowest, _ in (row for row in SETTINGS if not isinstance(row, str)):
-        value = getattr(args, name.replace("-", "_"))
-        if isinstance(lowest, (int, float)) and not value >= lowest:  # also where it is nan
-            parser.error(f"--{name} {value} is not {lowest} or more")
-    if args.lambda_max > 1 and args.objective == "target":
-        parser.error("--lambda-max is at most 1 with --objective target, whose lambda is a share")
-    args.baselines = list(BASELINES) if "all" in args.baselines else args.baselines
-    args.dataset = str(Path(args.dataset))  # the same folder with a slash at its end is the same
-    args.out = args.out or f"runs/{Path(args.dataset).name}-{args.objective}-{args.seed}"
-    return args
-
-def set_up(args):
-    """Choose the device, and join the other processes of a torchrun."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    there = ["cpu", accelerator.type] if accelerator else ["cpu"]
-    args.device = there[-1] if args.device == "auto" else args.device
-    if args.device not in there:
-        fail(f"there is no --device {args.device} on this machine: choose from {', '.join(there)}")
-    if WORLD > 1:
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("gloo", timeout=timedelta(days=7))  # they wait for one another
-    keep_freed_memory()
-
-# ---- 2. Keeping work: errors are sentences, randomness has names, results outlive the process ----
-
-VERSION = 3  # of the files in a run folder
-
-class NesError(Exception):
-    """What went wrong and what to do, in one sentence. `main` prints it and ends with status 2."""
-
-def fail(sentence):
-    raise NesError(" ".join(sentence.split()))  # one line, whatever a library's words in it held
-
-def rng(*key):
-    """A random generator that depends on `key` alone, for example (seed, "batch", epoch).
-
-    No random state is carried from step to step, so that a resumed run has none to restore.
-    """
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-def save(path, state):
-    """Write a checkpoint (.pt), text or bytes; a kill leaves the old file or the new, no half."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".pt":
-            torch.save({"version": VERSION, **state}, part)
-        else:
-            part.write_bytes(state.encode() if isinstance(state, str) else state)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        fail(f"cannot write {path} ({error}): make room, or choose another place with --out")
-
-def load(path):
-    """What `save` wrote to a .pt or .json file; None where there is none. Raises NesError."""
-    path = Path(path)
-    if not path.exists():
-        return None
-    try:
-        if path.suffix == ".json":
-            return json.loads(path.read_text())
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged zip, pickle or JSON file raises almost anything
-        fail(f"{path} is damaged ({type(error).__name__}): delete it and repeat the command; only "
-             "what this file held is computed again")
-    if state.get("version") != VERSION:
-        fail(f"{path} was written by another version of nes.py: choose another --out")
-    return state
-
-def check_settings(data, args):
-    """Refuse a run folder of other settings, images or nes.py; else note the settings there."""
-    path = Path(args.out) / "settings.json"
-    now = {"version": VERSION, "images": data.digest, "operations": NAMES}
-    now |= {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in FREE}
-    before = load(path) or now
-    changed = [f"{k} {before.get(k)} (now {now[k]})" for k in now if before.get(k) != now[k]]
-    if changed:
-        fail(f"{args.out} holds a run with {', '.join(changed)}: choose another --out, or those "
-             "settings")
-    if RANK == 0:
-        save(path, json.dumps(now, indent=1))
-
-def resumable(name, steps, parts, data, args):
-    """The loop under all training: yields (step, losses) for each step that is still to do.
-
-    name: of the phase, its log rows and its file <out>/<name>.pt; parts: name -> module or
-    optimizer, kept in the file and loaded from it. The body puts its losses into `losses`. At least
-    15 times, and every --log-every steps, their means become a log row, and the file is written:
-    the parts, "step", "seconds", and "history", a list of {"step": ..., loss: mean}.
-    """
-    check_settings(data, args)
-    path = Path(args.out) / f"{name}.pt"
-    state = load(path) or {"step": 0, "seconds": 0.0, "history": []}
-    if state["step"]:
-        for part, module in parts.items():
-            module.load_state_dict(state[part])
-        print(f"{name}: found at step {state['step']} of {steps} in {args.out}", flush=True)
-    start, sums = time.time() - state["seconds"], {}
-    every = max(1, min(args.log_every, steps // 15))
-    for step in range(state["step"], steps):
-        losses = {}
-        yield step, losses
-        sums = {key: sums.get(key, 0) + value.detach() for key, value in losses.items()}
-        done = step + 1
-        if done % every and done < steps:
-            continue
-        means = {key: float(value) / (done - state["step"]) for key, value in sums.items()}
-        if not all(map(math.isfinite, means.values())):
-            fail(f"the loss of {name} is not a number at step {done}: lower --lr (in a search "
-                 "--search-lr, --alpha-lr or --hyper-lr), in another --out")
-        history = [*state["history"], {"step": done, **means}]
-        sums, state = {}, {"step": done, "seconds": time.time() - start, "history": history}
-        left = max(0, (1 + waiting) * state["seconds"] / done * steps - state["seconds"])
-        words = "  ".join(f"{key} {value:.3f}" for key, value in means.items())
-        print(f"{name:<19}{done:>6}/{steps:<6}{words}   {state['seconds']:6.0f} s, {left:5.0f} s "
-              "left", flush=True)
-        save(path, state | {part: module.state_dict() for part, module in parts.items()})
-
-def anneal(optimizer, factor):
-    """Set the learning rate to `factor` of the one that the optimizer was made with."""
-    for group in optimizer.param_groups:
-        group["lr"] = factor * optimizer.defaults["lr"]
-
-# This process of a torchrun, and how many there are; all that they share is files and a barrier
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-def barrier():
-    if WORLD > 1:
-        dist.barrier()
-
-def say(text):
-    if RANK == 0:
-        print(text, flush=True)
-
-def cores():
-    """The cores that this process may use: its affinity, within the quota of its container."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        return max(1, min(count, quota // period))
-    except (OSError, ValueError):  # no container, or one without a quota, "max"
-        return count
-
-waiting = 0  # jobs that this process has still to begin: what a row of the log says is left
-
-def work(i, workers, jobs, data, args):
-    """Do every workers-th job from the i-th on; on a CPU with one thread each."""
-    global waiting
-    mine, threads = jobs[i::workers], torch.get_num_threads()
-    torch.set_num_threads(1 if args.device == "cpu" else threads)
-    for waiting, (name, function, *arguments) in zip(reversed(range(len(mine))), mine):
-        function(name, *arguments, data, args)
-    torch.set_num_threads(threads)
-
-def deal_out(jobs, data, args):
-    """Do all jobs, name -> (function, *arguments); each leaves <out>/<name>.pt, which all read.
-
-    The processes of a torchrun share them, or on a CPU --workers processes with one thread each:
-    small kernels gain little from a second, and results do not depend on the number of cores.
-    """
-    jobs = [(name, *job) for name, job in jobs.items()
-            if not (load_network(name, args) or {}).get("finished")]
-    workers = min(args.workers or cores(), len(jobs))
-    barrier()  # all have the same list before one of them finishes something
-    if WORLD > 1 or args.device != "cpu" or workers < 2:
-        work(RANK, WORLD, jobs, data, args)
-        return barrier()
-    keep_freed_memory()  # this process waits from here on: give the search's memory to the workers
-    # Pickled here, images go through a pipe: torch would use /dev/shm, which may be small.
-    inputs = pickle.dumps((workers, jobs, data, args))
-    logging.getLogger(mp.spawn.__module__).setLevel("ERROR")  # one sentence, by main, is enough
-    context = mp.spawn(start_worker, (inputs,), workers, join=False)
-    try:
-        while not context.join():
-            pass
-    except mp.ProcessRaisedException as error:  # its words end with those of the worker's error
-        _, ours, sentence = str(error).rpartition("NesError: ")
-        if not ours:
-            raise  # a bug, and worth its traceback
-        fail(sentence)
-    except mp.ProcessExitedException:
-        fail("a worker ended early: repeat the command, with fewer --workers if memory is short")
-    finally:
-        for process in context.processes:
-            process.kill()
-
-def start_worker(i, inputs):
-    """A worker's whole life, which ends with its parent's, however that ended."""
-    threading.Thread(target=lambda: (mp.parent_process().join(), os._exit(1)), daemon=True).start()
-    keep_freed_memory()
-    work(i, *pickle.loads(inputs))
-
-def lock(folder):
-    """Refuse a run folder in which a living process works. To be closed; dies with its process."""
-    path = Path(folder) / "lock"
-    if not path.exists():
-        save(path, "")
-    try:
-        connection = sqlite3.connect(path, timeout=0)
-        connection.execute("BEGIN EXCLUSIVE")
-        return connection
-    except sqlite3.OperationalError:
-        fail(f"another process works in {folder}: wait for it, or choose another --out")
-
-# ---- 3. Data: one uint8 tensor, four named splits ------------------------------------------------
-# train       the shared weights learn from it: L_train  } together "both": a member, whose
-# validation  alpha and the hypernetwork do: L_val       } architecture is fixed, learns from all
-# selection   chooses between finished networks (NES-RS does, and we did between recipes)
-# test        is looked at once, at the end
-# One set for two of these purposes would flatter the result.
-
-SHARES = {"train": 0.45, "validation": 0.45, "selection": 0.10}
-TORCHVISION = {"fmnist": torchvision.datasets.FashionMNIST, "cifar10": torchvision.datasets.CIFAR10}
-DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-
-@dataclasses.dataclass
-class Data:
-    """Images with their splits, and how a network wants to see them."""
-    splits: dict         # name -> (images (N, C, H, W) uint8, labels (N,) int64)
-    classes: list        # names
-    mean: torch.Tensor   # (C, 1, 1), of the train split, pixels scaled to [0, 1]
-    std: torch.Tensor
-    shape: tuple         # (C, H, W)
-    crop: int = 0        # largest shift of a training image, pixels
-    mirror: bool = False
-    digest: str = ""     # of pixels, labels and classes: a run folder notices a change
-
-    def normalise(self, images):
-        """(B, C, H, W) uint8 -> float, mean 0 and std 1 in each channel, channels_last."""
-        x = (images.float() / 255 - self.mean) / self.std
-        return x.contiguous(memory_format=torch.channels_last)
-
-    def batch(self, split, size, step, key, augment=True):
-        """Batch number `step` of endless epochs over a split: images (B, C, H, W), labels (B,).
-
-        Each epoch has its own order; its last, incomplete batch is dropped. key names the stream of
-        batches; augment: shift and mirror, if the data's settings say so.
-        """
-        images, labels = self.splits[split]
-        size = min(size, len(labels))
-        epoch, position = divmod(step, len(labels) // size)
-        order = torch.randperm(len(labels), generator=rng(*key, "epoch", epoch))
-        chosen = order[position * size:][:size].to(labels.device)
-        x, y = images[chosen], labels[chosen]
-        if augment and (self.crop or self.mirror):
-            torch.manual_seed(rng(*key, "augment", step).initial_seed())
-            change = v2.Compose([v2.RandomCrop(self.shape[1:], self.crop, padding_mode="edge"),
-                                 v2.RandomHorizontalFlip(0.5 * self.mirror)])
-            x = torch.stack([change(image) for image in x])
-        return self.normalise(x), y
-
-def load_data(dataset, data_dir="data", image_size=32, seed=0, device="cpu", crop=0, mirror=False):
-    """Read a data set and split its training part at random by `seed` into the shares above.
-
-    dataset: "fmnist", "cifar10", "toy", or a folder that holds train/<class>/* and test/<class>/*.
-    Raises NesError where it cannot be read.
-    """
-    if dataset == "toy":
-        train, test, classes = toy(2400, "train"), toy(600, "test"), TOY_CLASSES
-    elif dataset in TORCHVISION:
-        train, test, classes = read_torchvision(TORCHVISION[dataset], Path(data_dir))
-    else:
-        train, test, classes = read_folder(Path(dataset), image_size)
-    digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in (*train, *test)))
-    digest.update(json.dumps(classes).encode())
-    order = torch.randperm(len(train[1]), generator=rng(seed, "splits"))
-    splits, start = {"test": test}, 0
-    for name, share in SHARES.items():
-        chosen = order[start:start + int(share * len(order))]
-        splits[name], start = tuple(part[chosen] for part in train), start + len(chosen)
-    if not all(len(labels) for _, labels in splits.values()):
-        fail(f"{dataset} has {len(order)} training images, too few for three splits: give it 20")
-    splits["both"] = tuple(map(torch.cat, zip(splits["train"], splits["validation"])))
-    pixels = splits["train"][0].float() / 255
-    std, mean = (v.view(-1, 1, 1).to(device) for v in torch.std_mean(pixels, dim=(0, 2, 3)))
-    splits = {name: (x.to(device), y.to(device)) for name, (x, y) in splits.items()}
-    return Data(splits, classes, mean, std.clamp_min(1e-3), tuple(test[0].shape[1:]), crop, mirror,
-                digest.hexdigest()[:8])
-
-def read_torchvision(dataset_class, root):
-    """Train and test part, (images (N, C, H, W), labels) each, and the classes of a data set.
-
-    From `root`; else, for Fashion-MNIST, from Debian's package; else downloaded to `root`.
-    """
-    parts, raw = [], root / "FashionMNIST" / "raw"
-    try:
-        for archive in DEBIAN_FASHION_MNIST.glob("*.gz") if "Fashion" in str(dataset_class) else ():
-            if not (raw / archive.stem).exists():
-                save(raw / archive.stem, gzip.decompress(archive.read_bytes()))
-        for train in (True, False):
-            part = dataset_class(root, train=train, download=True)  # only what is not there
-            images = torch.as_tensor(part.data)
-            images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2).contiguous()
-            parts.append((images, torch.as_tensor(part.targets)))
-    except Exception as error:  # no network, no room, or whatever a damaged file raises
-        fail(f"cannot read or download {dataset_class.__name__} in {root} ({error}): check the "
-             "network, or delete the damaged files there, or name the right folder with --data-dir "
-             "(or, for Fashion-MNIST, install Debian's package dataset-fashion-mnist)")
-    return *parts, part.classes
-
-def read_image(path, shape):
-    """An image file as (C, H, W) uint8, resized; shape: (C, H, W), one channel for grey."""
-    steps = [v2.Resize(shape[1:]), *[v2.Grayscale()] * (shape[0] == 1), v2.PILToTensor()]
-    try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":  # which would become white
-                raise ValueError(f"its pixels are {image.mode}, not of 8 bits")
-            return v2.Compose(steps)(image.convert("RGB"))
-    except Exception as error:  # a damaged image raises OSError, SyntaxError or ValueError
-        fail(f"cannot read the image {path} ({error}): remove or replace it")
-
-def read_folder(root, size):
-    """Images under root/{train,test}/<class>, resized to (size, size); grey if all of them are."""
-    try:
-        parts = [torchvision.datasets.ImageFolder(root / part) for part in ("train", "test")]
-    except OSError as error:
-        fail(f"--dataset {root} is neither fmnist, cifar10, toy nor a folder of train/<class>/* "
-             f"and test/<class>/* ({error})")
-    classes = parts[0].classes
-    if classes != parts[1].classes or len(classes) < 2:
-        fail(f"{root}/train and {root}/test must hold the same two or more classes, not {classes} "
-             f"and {parts[1].classes}")
-    images = [torch.stack([read_image(path, (3, size, size)) for path, _ in part.samples])
-              for part in parts]
-    if all((x == x[:, :1]).all() for x in images):
-        images = [x[:, :1].contiguous() for x in images]
-    train, test = ((x, torch.tensor(part.targets)) for x, part in zip(images, parts))
-    return train, test, classes
-
-TOY_CLASSES = ["disc", "ring", "square", "diamond", "plus", "cross"]
-
-def toy(count, *key):
-    """Noisy drawings of six shapes: images (count, 1, 16, 16) uint8 and labels (count,)."""
-    generator = rng("toy", *key)
-    draw = lambda low, high: low + (high - low) * torch.rand(count, 1, 1, generator=generator)
-    axis, size = torch.arange(16.0), draw(3, 6)
-    u = ((axis.view(1, 16, 1) - draw(5, 10)) / size).abs()   # (count, 16, 1), 1 at the shape's edge
-    v = ((axis.view(1, 1, 16) - draw(5, 10)) / size).abs()
-    radius, box = (u * u + v * v).sqrt(), torch.maximum(u, v)
-    shapes = torch.stack([radius < 1, (radius < 1) & (radius > 0.6), box < 0.9, u + v < 1.2,
-                          (torch.minimum(u, v) < 0.3) & (box < 1),
-                          ((u - v).abs() < 0.35) & (box < 1)])
-    labels = torch.randint(len(TOY_CLASSES), (count,), generator=generator)
-    ink = shapes[labels, torch.arange(count)] * draw(40, 90) * draw(-1, 1).sign()
-    noise = 25 * torch.randn(count, 16, 16, generator=generator)
-    return (128 + ink + noise).clamp(0, 255).byte()[:, None], labels
-
-# ---- 4. Architectures as tensors -----------------------------------------------------------------
+# ---- 1. Architectures as tensors -----------------------------------------------------------------
 # An architecture is a tensor arch (2, E, O): arch[k, e, o] weighs operation o on edge e of cell
 # kind k. While DARTS searches it is soft, softmax(alpha), and every operation runs. A finished one
 # is 0/1 with 16 ones, its entries: in each cell two inputs for each of 4 nodes, an operation each.
-# Architectures stay on the CPU, where a network asks which of their numbers are 0; they are few.
-
+# Architectures stay on the CPU, where a network asks which of their numbers are 0.
 KINDS = ("normal", "reduction")
 NODES = 4                                                                        # of a cell
 EDGES = [(source, node) for node in range(NODES) for source in range(node + 2)]  # 0, 1: its inputs
@@ -497,12 +64,8 @@ ENTRIES = 2 * 2 * NODES
 
 def discretise(p):
     """The finished architecture of p (DARTS, section 2.4): a node keeps its two strongest inputs.
-
     p: (..., 2, E, O), softmax(alpha). Returns 0/1 of that shape. An edge's operation is its most
-    probable one and its strength that probability; of equal strengths the lower source comes first.
-    Example: node 0 has edges from sources 0 and 1, node 1 from 0, 1 and 2. With strengths 0.5, 0.4
-    and 0.3, 0.6, 0.5, node 0 keeps both edges and node 1 those from sources 1 and 2.
-    """
+    probable one, its strength that probability; of equal strengths the lower source comes first."""
     strength, operation = p.detach().max(dim=-1)                                   # (..., 2, E)
     kept = torch.zeros_like(strength)
     for edges in EDGES_OF:
@@ -511,11 +74,8 @@ def discretise(p):
     return F.one_hot(operation, p.shape[-1]) * kept.unsqueeze(-1)
 
 def genotype(arch):
-    """The entries of a finished architecture as lists, for JSON, words and pictures.
-
-    Returns {"normal": [[operation, source], ...], "reduction": ...}: two entries for each node in
-    turn, in order of source. Sources 0 and 1 are the cell's inputs, source n + 2 is node n.
-    """
+    """The entries of a finished architecture, {"normal": [[operation, source], ...], "reduction":
+    ...}: two for each node in turn. Sources 0 and 1 are the cell's inputs, n + 2 is node n."""
     return {kind: [[NAMES[o], EDGES[e][0]] for e, o in cell.nonzero().tolist()]
             for kind, cell in zip(KINDS, arch)}
 
@@ -528,8 +88,7 @@ def matched_entries(arch, base):
     """How many entries of finished architectures (..., 2, E, O) are the base's (2, E, O)."""
     return (arch * base).flatten(-base.dim()).sum(dim=-1).long()
 
-# ---- 5. The DARTS cell and the network -----------------------------------------------------------
-
+# ---- 2. The DARTS cell and the network -----------------------------------------------------------
 class FactorizedReduce(nn.Module):
     """Halve H and W without losing pixels: two 1x1 convolutions, stride 2, a pixel apart."""
 
@@ -540,26 +99,22 @@ class FactorizedReduce(nn.Module):
         self.norm = nn.BatchNorm2d(C, affine=affine)
 
     def forward(self, x):
-        # As one dense 2x2 convolution whose kernel holds the first in its upper left corner and the
-        # second in its lower right: several times faster than two sparse ones on a CPU.
+        # As one dense 2x2 convolution with both in its kernel: several times faster on a CPU
         kernel = torch.cat([F.pad(self.even.weight, (0, 1, 0, 1)),
                             F.pad(self.odd.weight, (1, 0, 1, 0))])
         x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
         return self.norm(F.conv2d(x, kernel, stride=2))
 
-def separable(C, taps, stride, affine, dilation=1):
+def dil_conv(C, taps, stride, affine, dilation=1):
     """A filter for each channel, then a 1x1 convolution across the channels."""
     return nn.Sequential(DepthwiseConv(C, taps, stride, dilation), nn.Conv2d(C, C, 1, bias=False),
                          nn.BatchNorm2d(C, affine=affine))
 
-def twice_separable(C, taps, stride, affine):
-    return nn.Sequential(separable(C, taps, stride, affine), nn.ReLU(),
-                         separable(C, taps, 1, affine))
+def sep_conv(C, taps, stride, affine):
+    return nn.Sequential(dil_conv(C, taps, stride, affine), nn.ReLU(), dil_conv(C, taps, 1, affine))
 
-# DARTS's eight operations without "zero", which no finished architecture can hold:
-# (C, stride, affine) -> module. Those with parameters get relu(x), the others x, see MixedOp. For
-# another operation add a line, and choose another --out: the shape of alpha follows.
-# Pooling's batch norm stays in a finished network, which so computes what the supernet did.
+# DARTS's eight operations without "zero", which no finished architecture can hold. Those with
+# parameters get relu(x), the others x. Another operation is another line, and another --out.
 OPERATIONS = {
     "max_pool_3x3": lambda C, stride, affine: nn.Sequential(
         nn.MaxPool2d(3, stride, 1), nn.BatchNorm2d(C, affine=False)),
@@ -567,20 +122,16 @@ OPERATIONS = {
         nn.AvgPool2d(3, stride, 1, count_include_pad=False), nn.BatchNorm2d(C, affine=False)),
     "skip_connect": lambda C, stride, affine: (
         nn.Identity() if stride == 1 else FactorizedReduce(C, C, affine)),
-    "sep_conv_3x3": lambda C, stride, affine: twice_separable(C, 3, stride, affine),
-    "sep_conv_5x5": lambda C, stride, affine: twice_separable(C, 5, stride, affine),
-    "dil_conv_3x3": lambda C, stride, affine: separable(C, 3, stride, affine, dilation=2),
-    "dil_conv_5x5": lambda C, stride, affine: separable(C, 5, stride, affine, dilation=2),
-}
-
+    "sep_conv_3x3": lambda C, stride, affine: sep_conv(C, 3, stride, affine),
+    "sep_conv_5x5": lambda C, stride, affine: sep_conv(C, 5, stride, affine),
+    "dil_conv_3x3": lambda C, stride, affine: dil_conv(C, 3, stride, affine, dilation=2),
+    "dil_conv_5x5": lambda C, stride, affine: dil_conv(C, 5, stride, affine, dilation=2)}
 NAMES = list(OPERATIONS)
 
 class MixedOp(nn.Module):
     """The mixed operation of an edge (DARTS, eq. 2): sum over o of weights[o] * o(x).
-
-    names: the operations that the edge holds: all seven in a supernet, one or none in a finished
-    network. forward: x (B, C, H, W); weights (O,), zeros are not run, None for ones everywhere.
-    """
+    names: the operations that it holds, in a finished network one or none. forward: x (B, C, H, W);
+    weights (O,), of which zeros are not run, None for ones everywhere."""
 
     def __init__(self, C, stride, affine=False, names=NAMES):
         super().__init__()
@@ -596,12 +147,10 @@ class MixedOp(nn.Module):
         return total
 
 class Cell(nn.Module):
-    """A DARTS cell (DARTS, section 2.1): two inputs, four nodes, each the sum of its edges.
-
-    names: for each edge the operations that it holds. forward: s0 and s1, what the last two cells
-    gave, rectified; arch (E, O), or None as in MixedOp. Returns the nodes, concatenated:
-    (B, 4C, H, W), or (B, 4C, H/2, W/2) from a reduction cell.
-    """
+    """A cell (DARTS, section 2.1): two inputs and four nodes, each the sum of its edges.
+    names: as in MixedOp, for each edge. forward: s0, s1, the last two cells' outputs, rectified;
+    arch (E, O) or None. Returns the nodes, concatenated: (B, 4C, H, W), or H/2 and W/2 where it
+    reduces."""
 
     def __init__(self, C_before, C_last, C, reduction, after_reduction, affine, names):
         super().__init__()
@@ -622,23 +171,20 @@ class Cell(nn.Module):
         return torch.cat(states[2:], dim=1)
 
 class Network(nn.Module):
-    """Stem, cells, global mean, linear classifier; cells number cells // 3 and 2 cells // 3 reduce.
+    """Stem, cells, global mean, linear classifier.
 
-    The first cell never does: two cells are a normal and a reduction cell, a single one is normal.
-    arch: None for the supernet, which holds every operation of every edge, or a finished
-    architecture for a network with its 16 operations alone. affine: whether the cells' batch norm
-    has scale and shift, by default in a finished network only: in the supernet they would undo
-    alpha's. forward: x (B, C_in, H, W); arch (2, E, O), what to run and with which weights, None
-    for all that the network holds. Returns logits (B, Y). arch is an argument, never hidden state:
-    one set of weights serves any architecture.
+    Of n cells, counted from 0, n // 3 and 2 n // 3 are reduction cells, but never the first. arch:
+    None for the supernet, which holds all operations, or a finished architecture, to hold its 16
+    alone. affine: whether the cells' batch norm has scale and shift, by default in a finished
+    network only: in the supernet they would undo alpha's. forward: x (B, C_in, H, W); arch
+    (2, E, O), what to run and with which weights, None for all. Returns logits (B, Y).
     """
 
     def __init__(self, C_in, classes, C, cells, arch=None, affine=None):
         super().__init__()
         affine = arch is not None if affine is None else affine
-        self.config = [C_in, classes, C, cells, arch, affine]
-        # Departure from DARTS: the stem halves H and W. Dense convolutions are what a CPU does
-        # best, and every cell behind them costs a quarter.
+        self.config = dict(C_in=C_in, classes=classes, C=C, cells=cells, arch=arch, affine=affine)
+        # Departure from DARTS: the stem halves H and W, so that a cell costs a quarter.
         self.stem = nn.Sequential(
             nn.Conv2d(C_in, C, 3, padding=1, bias=False), nn.BatchNorm2d(C), nn.ReLU(inplace=True),
             nn.Conv2d(C, 4 * C, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(4 * C))
@@ -668,14 +214,11 @@ def build(key, data, C, cells, arch=None, affine=None):
     net = Network(data.shape[0], len(data.classes), C, cells, arch, affine)
     return net.to(data.mean.device, memory_format=torch.channels_last)
 
-# ---- 6. The base search (DARTS) ------------------------------------------------------------------
-
+# ---- 3. The base search (DARTS) ------------------------------------------------------------------
 def second_order_loss(net, w_batch, a_batch, arch, xi):
-    """L_val(w', alpha) with w' = w - xi grad_w L_train(w, alpha), as a function of alpha.
-
-    DARTS, eq. 6. The inner step stays in autograd's graph: an exact gradient, no finite
-    differences. arch: (2, E, O), softmax(alpha); xi: the inner learning rate.
-    """
+    """L_val(w', alpha), w' = w - xi grad_w L_train(w, alpha) (DARTS, eq. 6).
+    Exact, no finite differences: the inner step stays in autograd's graph. arch: (2, E, O),
+    softmax(alpha); xi: the inner learning rate."""
     (x, y), (x_val, y_val) = w_batch, a_batch
     names, w = zip(*net.named_parameters())
     gradients = torch.autograd.grad(F.cross_entropy(net(x, arch), y), w, create_graph=True)
@@ -684,11 +227,8 @@ def second_order_loss(net, w_batch, a_batch, arch, xi):
 
 def search_step(net, arch, penalty, w_batch, a_batch, w_optimizer, a_optimizer, second_order=False):
     """A step on the weights w, then one on the parameters that made `arch` (DARTS, algorithm 1).
-
     arch: (2, E, O), differentiable in the parameters of a_optimizer; penalty: added to L_val;
-    batches: (x, y). Returns the losses. Unlike in DARTS w steps first: the second order's inner
-    step repeats its batch.
-    """
+    batches: (x, y). Returns the losses. Unlike in DARTS w steps first."""
     (x, y), (x_val, y_val) = w_batch, a_batch
     train_loss = F.cross_entropy(net(x, arch.detach()), y)
     w_optimizer.zero_grad()
@@ -697,10 +237,9 @@ def search_step(net, arch, penalty, w_batch, a_batch, w_optimizer, a_optimizer, 
     w_optimizer.step()
 
     net.requires_grad_(second_order)  # the first order needs arch's gradient alone: half the work
-    if second_order:
-        loss = second_order_loss(net, w_batch, a_batch, arch, w_optimizer.param_groups[0]["lr"])
-    else:
-        loss = F.cross_entropy(net(x_val, arch), y_val)
+    xi = w_optimizer.param_groups[0]["lr"]
+    loss = (second_order_loss(net, w_batch, a_batch, arch, xi) if second_order
+            else F.cross_entropy(net(x_val, arch), y_val))
     a_optimizer.zero_grad()
     (loss + penalty).backward(inputs=a_optimizer.param_groups[0]["params"])
     net.requires_grad_(True)
@@ -708,47 +247,44 @@ def search_step(net, arch, penalty, w_batch, a_batch, w_optimizer, a_optimizer, 
     return {"train": train_loss, "validation": loss, "penalty": torch.as_tensor(penalty)}
 
 def search(name, net, logits, rate, steps, propose, data, args, second_order=False):
-    """The loop of both searches, resumable: in each step a batch of either split, `search_step`.
-
+    """The loop of both searches: `search_step` on a batch of either split.
     logits: the module with alpha's parameters; propose(step): (arch, penalty), differentiable in
-    them. SGD for the weights and Adam for the logits, as in DARTS; the learning rates fall as a
-    cosine, that of the logits (rate) too, without weight decay for them.
-    """
+    them. Departures from DARTS: Adam's learning rate falls, too, and it has no weight decay."""
     w_optimizer = torch.optim.SGD(net.parameters(), args.search_lr, 0.9, weight_decay=3e-4)
     a_optimizer = torch.optim.Adam(logits.parameters(), rate, (0.5, 0.999))
-    parts = {"net": net, "architecture": logits, "w_optimizer": w_optimizer,
-             "a_optimizer": a_optimizer}
+    parts = dict(net=net, architecture=logits, w_optimizer=w_optimizer, a_optimizer=a_optimizer)
     net.train()
     for step, losses in resumable(name, steps, parts, data, args):
-        batches = [data.batch(split, args.search_batch, step, (args.seed, name, split))
+        batches = [data.batch(split, args.batch, step, (args.seed, name, split))
                    for split in ("train", "validation")]
-        for optimizer in (w_optimizer, a_optimizer):
-            anneal(optimizer, (1 + math.cos(math.pi * step / steps)) / 2)
-        losses.update(search_step(net, *propose(step), *batches, w_optimizer, a_optimizer,
-                                  second_order))
+        for optimizer, lr in ((w_optimizer, args.search_lr), (a_optimizer, rate)):
+            optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
+        losses |= search_step(net, *propose(step), *batches, w_optimizer, a_optimizer, second_order)
 
 def base_search(name, data, args):
     """Step 1 of the method: DARTS trains a supernet and alpha; returns it and softmax(alpha)."""
-    net = build((args.seed, name), data, args.search_channels, args.search_cells)
+    net = build((args.seed, name), data, args.search_channels, cells=2)  # a cell of either kind
     alpha = 1e-3 * torch.randn(2, len(EDGES), len(NAMES), generator=rng(args.seed, name))
     logits = nn.ParameterDict({"alpha": alpha})
     search(name, net, logits, args.alpha_lr, args.base_steps,
            lambda step: (logits["alpha"].softmax(dim=-1), 0.0), data, args, args.second_order)
     return net, logits["alpha"].detach().softmax(dim=-1)
 
-# ---- 7. The Jensen-Shannon divergence and the hypernetwork ---------------------------------------
-# Between finished architectures it is ln 2 times a share, which `diversity_loss` counts: with the
-# default objective JSd itself is reported, and evaluated in training by the paper's term alone.
+# ---- 4. The Jensen-Shannon divergence and the hypernetwork ---------------------------------------
+# What is trained: at a lambda the hypernetwork gives logits; with some noise they become p, and a
+# finished architecture is read off p. That one runs, and two terms judge it:
+#     L_val(w, arch)                is it a good one?
+#     c (share(arch) - lambda)^2    share: of the base's 16 entries, those that it lacks, counted
+# The count is the divergence: JSd of two finished architectures is ln 2 times the share. So JSd is
+# what is reported, and only --objective paper evaluates it in training. That term, - lambda JSd,
+# only ever rewards more: where L_val does not resist, JSd runs to its maximum at any lambda above
+# 0, and its lambda is no distance. The square rests where the share is lambda.
 
 def jensen_shannon(p, q):
     """JSd(p, q) = 1/2 KL(p || m) + 1/2 KL(q || m), m = (p + q) / 2, over the last dimension, nats.
 
-    p, q: distributions (..., O), broadcast. Returns (...), 0 <= JSd <= ln 2, symmetric. The paper,
-    section 1. Zeros are allowed. KL(m || p), a common slip, is another divergence without a bound.
-
-    Two one-hot distributions have m = p where they agree, JSd = 0; else m gives 1/2 to either
-    operation, and JSd = 1/2 ln 2 + 1/2 ln 2 = ln 2. JSd's own gradient is infinite there, so that
-    the hypernetwork descends its linear extension, see `diversity_loss`.
+    p, q: distributions (..., O), broadcast; zeros are allowed. Returns (...), 0 <= JSd <= ln 2.
+    The paper, section 1. KL(m || p), a common slip, is another divergence, without a bound.
     """
     tiny = torch.finfo(p.dtype).tiny
     m = (p + q) / 2
@@ -758,47 +294,49 @@ def jensen_shannon(p, q):
 def divergence(arch, base):
     """JSd of finished architectures to the base, mean over the base's 16 entries: 0 to ln 2 nats.
 
-    arch: (..., 2, E, O), base: (2, E, O), 0/1. An edge is a distribution over the operations and
-    "none" (DARTS's zero), which is what an edge has that the architecture drops. As these are all
-    one-hot, the mean is ln 2 times the share of entries that differ.
+    arch: (..., 2, E, O), base: (2, E, O), 0/1. An edge is a one-hot distribution over operations
+    and "none". Where two agree JSd = 0; else m gives 1/2 to either, and JSd = ln 2. So the mean is
+    ln 2 times the share of entries that differ.
     """
     none = lambda a: torch.cat([a, 1 - a.sum(dim=-1, keepdim=True)], dim=-1)  # (..., 2, E, O + 1)
     per_edge = jensen_shannon(none(arch), none(base)) * base.sum(dim=-1)
     return per_edge.flatten(1 - base.dim()).sum(dim=-1) / base.sum()
 
+def straight_through(value, p):
+    """value + p - stop_gradient(p): `value` forward, the gradient of p backward (as in GDAS).
+
+    Reading a finished arch off p has no gradient. Two forms lend it that of p:
+        straight_through(arch, p)      at every entry, for the share. Were it only at arch's own
+                                       entries, the base's could leave and never come back.
+        arch * straight_through(1, p)  at arch's own, for L_val: what does not run has no gradient.
+    """
+    return value + p - p.detach()
+
 def diversity_loss(arch, p, base, lam, strength=30.0):
     """c (share - lambda)^2: the term, added to L_val, that puts the hypernetwork at its lambda.
 
-    share = 1 - sum(base * (arch + p - stop_gradient(p))) / sum(base), which is divergence(arch,
-    base) / ln 2; arch = discretise(p), p (..., 2, E, O), sum(base) = 16. Straight through: forward
-    it counts entries, backward it is linear in p at every entry of the base. (With the product
-    form, which serves L_val in `train_hypernetwork`, only operations already chosen would have a
-    gradient, and the dial would not move.) Departure from the paper, the default: with - lambda JSd
-    each entry has a threshold, and how many have crossed it depends on how long one trains. This
-    form has a resting point.
+    share = 1 - sum(base * arch) / sum(base) = divergence(arch, base) / ln 2, straight through: its
+    gradient in p is a constant at every entry of the base (JSd's own is infinite there).
+    arch = discretise(p); p (..., 2, E, O); base (2, E, O), 0/1; lam (...). Returns (...).
     """
-    share = 1 - (base * (arch + p - p.detach())).flatten(-base.dim()).sum(dim=-1) / base.sum()
-    return strength * (share - lam) ** 2
+    kept = (base * straight_through(arch, p)).flatten(-base.dim()).sum(dim=-1)
+    return strength * (1 - kept / base.sum() - lam) ** 2
 
 def paper_diversity_loss(p, smoothed_base, lam):
     """- lambda JSd(alpha*, alpha(lambda)), mean over all edges: the paper's term.
-
-    p: (2, E, O), softmax(alpha(lambda)), without noise; smoothed_base: alpha*, from `smooth`.
-    """
+    p: (2, E, O), softmax(alpha(lambda)), without noise; smoothed_base: alpha*, from `smooth`."""
     return -lam * jensen_shannon(smoothed_base, p).mean(dim=(-2, -1))
 
-TAU = 0.1             # smoothing of the base where it becomes logits, and in the paper's term
-PAPER_START = 0.3     # the smoothing at which the pivots start with the paper's term
-DROPPED_EXTRA = 0.25  # so much softer is an edge that the base drops; its operation still leads
+TAU = 0.1  # smoothing of the base where it becomes logits, and in the paper's term
 
 def smooth(p, tau):
     """The base as soft distributions: alpha* = (1 - tau) onehot(argmax p) + tau / O on each edge.
 
-    p: (2, E, O), softmax(alpha). tau is small (the paper's text says near one, which would erase
-    the architecture). Departure from the paper: an edge that the base drops is smoothed more. With
-    one tau all edges would be equally strong, and which of them to keep would be forgotten.
+    p: (2, E, O), softmax(alpha). Departures from the paper: tau is small (near one, as its text
+    says, would erase the architecture), and larger on edges that the base drops (with one tau,
+    which to keep would be forgotten).
     """
-    tau = tau + DROPPED_EXTRA * (1 - discretise(p).sum(dim=-1, keepdim=True))            # (2, E, 1)
+    tau = tau + 0.25 * (1 - discretise(p).sum(dim=-1, keepdim=True))                      # (2, E, 1)
     return (1 - tau) * F.one_hot(p.argmax(dim=-1), p.shape[-1]) + tau / p.shape[-1]
 
 class HyperNetwork(nn.Module):
@@ -806,12 +344,9 @@ class HyperNetwork(nn.Module):
 
     With pivots r_0 = 0 < ... < r_{K-1} = lambda_max, tables a_k and r_k <= lambda <= r_{k+1}:
         alpha(lambda) = (1 - t) a_k + t a_{k+1},    t = (lambda - r_k) / (r_{k+1} - r_k)
-    so that alpha(r_k) = a_k. Departure from the paper: its formula has t and 1 - t exchanged, which
-    makes alpha jump at every pivot.
-
-    start: (2, E, O) or any shape, the logits that every pivot begins with.
-    forward: lambda (...), numbers or a tensor, in [0, lambda_max] -> logits (..., 2, E, O). Raises
-    ValueError outside.
+    Departure from the paper: its formula has t and 1 - t exchanged, which makes alpha jump at every
+    pivot. start: (2, E, O) or any shape, every pivot's first logits. forward: lambda (...), numbers
+    or a tensor -> logits (..., 2, E, O). Raises ValueError where one is not in [0, lambda_max].
     """
 
     def __init__(self, start, pivots=6, lambda_max=1.0):
@@ -846,15 +381,11 @@ def train_hypernetwork(net, base_p, data, args):
 
     net: the supernet, warm from the base search; base_p: (2, E, O), softmax(alpha) of that search.
     Returns the HyperNetwork. Departures: the pivots start at the base (softer with the paper's
-    term: an edge could also raise its JSd by becoming surer of the base's operation); each step
-    runs one finished architecture, drawn at its lambda with noise that falls to 0, so that the
-    shared weights learn to serve what will be sampled; and the diversity of 15 more, for which no
-    network need run, makes the dial steadier. alpha's gradient passes straight through, as in GDAS
-    (Dong and Yang, 2019): forward arch, backward softmax.
+    term, which an edge could also raise by becoming surer of the base's operation); a step runs one
+    finished architecture, as will be sampled; the diversity of 15 more makes the dial steadier.
     """
     base, paper = discretise(base_p), args.objective == "paper"
-    start = smooth(base_p, PAPER_START if paper else TAU).log()
-    hyper = HyperNetwork(start, args.pivots, args.lambda_max)
+    hyper = HyperNetwork(smooth(base_p, 0.3 if paper else TAU).log(), args.pivots, args.lambda_max)
 
     def propose(step):
         """A finished architecture at a fresh lambda, and the diversity term of it and 15 more."""
@@ -863,61 +394,36 @@ def train_hypernetwork(net, base_p, data, args):
         logits = hyper(lams)                                                     # (DRAWS, 2, E, O)
         p = draw_probabilities(logits, args.noise * (1 - step / args.hyper_steps), generator)
         archs = discretise(p)
-        if paper:
-            penalty = paper_diversity_loss(logits.softmax(dim=-1), smooth(base_p, TAU), lams)
-        else:
-            penalty = diversity_loss(archs, p, base, lams, args.strength)
-        # Forward archs[0], 0/1, and so one finished network; backward the gradient of p[0].
-        return archs[0] * (1 + p[0] - p[0].detach()), penalty.mean()
+        penalty = (paper_diversity_loss(logits.softmax(dim=-1), smooth(base_p, TAU), lams) if paper
+                   else diversity_loss(archs, p, base, lams, args.strength))
+        return archs[0] * straight_through(1, p[0]), penalty.mean()
 
     search("hyper", net, hyper, args.hyper_lr, args.hyper_steps, propose, data, args)
     return hyper
 
-# ---- 8. Sampling in one shot, and the lambda response: is lambda a dial? -------------------------
-
+# ---- 5. Sampling in one shot, and the lambda response: is lambda a dial? -------------------------
 def sample_lambdas(count, lambda_max=1.0):
     """lambda_i = lambda_max * frac(i * golden ratio): spread over [0, lambda_max) for any count.
-
-    The first n do not depend on how many follow, so that asking for more keeps what is there. The
-    paper draws at random, which leaves gaps. The first is 0: the base, or close to it.
-    """
+    More of them keep the first ones, and what is trained. The paper draws at random, with gaps."""
     return [lambda_max * (i * (math.sqrt(5) - 1) / 2 % 1) for i in range(count)]
 
-@torch.no_grad()
 def sample(hyper, lambdas):
     """Step 3 of the method: the finished architectures (M, 2, E, O) at M lambdas, a look-up."""
     return discretise(hyper(lambdas).softmax(dim=-1))
 
-def load_hypernetwork(folder):
-    """The HyperNetwork of a run folder: `sample` reads an architecture off it at any lambda."""
-    state = load(Path(folder) / "hyper.pt") or fail(f"{folder} holds no hyper.pt: run nes.py first")
-    kept = state["architecture"]
-    hyper = HyperNetwork(kept["table"][0], len(kept["pivots"]), kept["pivots"][-1].item())
-    hyper.load_state_dict(kept)
-    return hyper
-
-@torch.no_grad()
 def describe(hyper, base_p, lambdas):
-    """What `sample` gives at each lambda, ready for JSON; base_p: (2, E, O), softmax(alpha).
-
-    jsd: of the finished architecture to the base, as a share of ln 2. matched_entries: of 16.
-    matched_edges: of all 28, those whose most probable operation is the base's, kept or dropped.
-    """
-    archs, base = sample(hyper, lambdas), discretise(base_p)
-    same = hyper(lambdas).argmax(dim=-1) == base_p.argmax(dim=-1)          # (M, 2, E)
-    columns = {"lambda": lambdas, "genotype": map(genotype, archs),
-               "jsd": (divergence(archs, base) / math.log(2)).tolist(),
-               "matched_edges": same.sum(dim=(1, 2)).tolist(),
-               "matched_entries": matched_entries(archs, base).tolist()}
-    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+    """What `sample` gives at each lambda, for JSON; jsd: `divergence` to the base / ln 2."""
+    base = discretise(base_p)
+    return [{"lambda": lam, "matched_entries": matched_entries(arch, base).item(),
+             "jsd": divergence(arch, base).item() / math.log(2), "genotype": genotype(arch)}
+            for lam, arch in zip(lambdas, sample(hyper, lambdas))]
 
 def lambda_response(hyper, base_p, lambda_max=1.0, count=11):
     """`describe` on a grid of lambda, and two numbers that say how well lambda is obeyed.
 
-    spearman: rank correlation of lambda and matched entries, ideally -1; 0 where these never
-    change. calibration_error: mean |matched / 16 - (1 - lambda)|, ideally 0; whole entries allow
-    .014 at 11 points. Where lambda_max exceeds 1, as with the paper's term, lambda / lambda_max is
-    meant.
+    spearman: rank correlation of lambda and matched entries, ideally -1. calibration_error: mean
+    |matched / 16 - (1 - lambda)|, ideally 0; whole entries allow .014 at 11 points. A lambda_max
+    above 1, of the paper's term, stands for 1.
     """
     points = describe(hyper, base_p, torch.linspace(0, lambda_max, count).tolist())
     lam = torch.tensor([point["lambda"] for point in points], dtype=torch.double)
@@ -931,32 +437,22 @@ def lambda_response(hyper, base_p, lambda_max=1.0, count=11):
 # How many of the base's 16 entries a random architecture has: 1.5
 CHANCE_ENTRIES = sum(2 * 2 * 2 / (node + 2) / len(NAMES) for node in range(NODES))
 
-# ---- 9. Members: finished networks, trained from scratch -----------------------------------------
-
-WARM_UP = 0.2  # the share of the steps in which the learning rate rises
-
-def train(name, net, epochs, key, data, args, arch_at=lambda step: None):
-    """Train a network on all training images, resumably; one recipe for every method.
-
-    AdamW, its learning rate rising over the first fifth of the steps and falling to zero over the
-    rest; the last weights are kept. key: names the batches' order; arch_at(step): what `net` is to
-    run at a step, None for all that it holds. Returns its step, seconds and history.
-    """
-    optimizer = torch.optim.AdamW(net.parameters(), args.lr, (0.9, 0.99), fused=True,
-                                  weight_decay=args.weight_decay)
+# ---- 6. Members, trained from scratch; and one shot, with weights that all share -----------------
+def train(name, net, epochs, key, data, args, arch_at=lambda step: None, result=dict):
+    """Train a network on all training images: one recipe for every method. AdamW's learning rate
+    rises for a fifth of the steps, then falls to 0. key: names the batches' order; arch_at(step):
+    what `net` is to run then; result(): see `resumable`."""
+    adam = torch.optim.AdamW(net.parameters(), args.lr, (0.9, 0.99), weight_decay=0.05, fused=True)
     steps = max(1, epochs * len(data.splits["both"][1]) // args.batch)
     net.train()
-    for step, losses in resumable(name, steps, {"net": net, "optimizer": optimizer}, data, args):
-        progress = step / steps
-        # + 0.01, so that the first step is not lost
-        anneal(optimizer, min(progress / WARM_UP + 0.01, (1 - progress) / (1 - WARM_UP)))
+    for step, losses in resumable(name, steps, {"net": net, "optimizer": adam}, data, args, result):
+        rise, fall = step / steps / 0.2 + 0.01, (1 - step / steps) / (1 - 0.2)
+        adam.param_groups[0]["lr"] = args.lr * min(rise, fall)
         x, y = data.batch("both", args.batch, step, key)
         losses["train"] = F.cross_entropy(net(x, arch_at(step)), y)
-        optimizer.zero_grad()
+        adam.zero_grad()
         losses["train"].backward()
-        optimizer.step()
-    state = load_network(name, args)
-    return {part: state[part] for part in ("step", "seconds", "history")}
+        adam.step()
 
 @torch.no_grad()
 def predict(net, images, data):
@@ -964,108 +460,61 @@ def predict(net, images, data):
     net.eval()
     return torch.cat([net(data.normalise(x)).softmax(dim=-1).cpu() for x in images.split(500)])
 
-def load_network(name, args):
-    return load(Path(args.out) / f"{name}.pt")
-
-def finish(name, net, state, data, args):
-    """Save a finished network: its state, all that `load_member` needs, and its probabilities."""
+def finished(net, data):
+    """What the file of a finished network holds: all for `load_member`, and its probabilities."""
     probs = {split: predict(net, data.splits[split][0], data) for split in ("selection", "test")}
-    save(Path(args.out) / f"{name}.pt", state | probs | {
-        "finished": True, "network": net.config, "net": net.state_dict(), "classes": data.classes,
-        "mean": data.mean.cpu(), "std": data.std.cpu(), "shape": data.shape})
+    return probs | {"network": net.config, "net": net.state_dict(), "classes": data.classes,
+                    "mean": data.mean.cpu(), "std": data.std.cpu(), "shape": data.shape}
 
 def fingerprint(arch):
     """Eight letters that name an architecture."""
     return hashlib.sha256(json.dumps(genotype(arch)).encode()).hexdigest()[:8]
 
 def train_member(name, arch, index, data, args):
-    """Train a finished architecture from scratch and leave it in <out>/<name>.pt.
-
-    index: the network's place in its method's list, which alone decides its initial weights and
-    batches. Methods that ask for the same network share it, and so does a later run.
-    """
+    """Train a finished architecture from scratch; <out>/<name>.pt holds it then. index: its place
+    in its method's list, which alone decides its initial weights and the order of its batches."""
     key = (args.seed, "member", index)
     net = build(key, data, args.channels, args.cells, arch)
-    finish(name, net, train(name, net, args.epochs, key, data, args), data, args)
-
-def load_member(path):
-    """A finished network from its file alone: (net, data), on the CPU, net in eval mode.
-
-    data has no images, but tells how the network wants to see them: probs = net(data.normalise(
-    images)).softmax(-1), images (B, *data.shape) uint8; probs[:, k] belongs to data.classes[k].
-    Raises NesError where the file is missing, damaged, or of a network whose training was cut off.
-    """
-    state = load(path) or fail(f"there is no {path}: results.json names the file of each member")
-    if not state.get("finished"):
-        fail(f"{path} is not trained to the end, or no file of members/ or one_shot/: repeat the "
-             "command that trains it, or choose one of these")
-    net = Network(*state["network"])
-    net.load_state_dict(state["net"])
-    return net.eval(), Data({}, state["classes"], state["mean"], state["std"], state["shape"])
-
-# ---- 10. Shared weights: one shot, for any number of architectures -------------------------------
+    train(name, net, args.epochs, key, data, args, result=lambda: finished(net, data))
 
 def train_shared(name, hyper, data, args):
-    """Train one supernet of the members' size for the architectures of the frozen hypernetwork.
-
-    A fresh lambda each step, and the one architecture that is read there; otherwise the members'
-    recipe and all their images. The search's own supernet is smaller, saw half of the images, and
-    served architectures that kept changing. Here no alpha learns: batch norm may scale and shift.
-    """
+    """Train one supernet of the members' size, by their recipe, at a fresh lambda each step: the
+    search's own is smaller, and served architectures that kept changing."""
     key = (args.seed, name)
     net = build(key, data, args.channels, args.cells, affine=True)
-    state = train(name, net, args.shared_epochs, key, data, args, lambda step: sample(
+    train(name, net, args.shared_epochs, key, data, args, lambda step: sample(
         hyper, draw_lambdas(1, args.lambda_max, rng(*key, step)))[0])
-    save(Path(args.out) / f"{name}.pt", state | {"finished": True, "net": net.state_dict()})
-
-def shared_network(data, args):
-    """The supernet of the one-shot scores; without --shared-epochs the hypernetwork's own."""
-    if args.shared_epochs:
-        net, name = build((), data, args.channels, args.cells, affine=True), "shared"
-    else:
-        net, name = build((), data, args.search_channels, args.search_cells), "hyper"
-    net.load_state_dict(load_network(name, args)["net"])
     return net
 
-@torch.no_grad()
 def one_shot(shared, arch, batches):
     """A finished network with the shared weights of its operations: no training at all.
-
-    shared: a supernet; arch: (2, E, O), 0/1; batches: images as the network wants to see them. As
-    one set of weights serves many architectures, batch norm's statistics are taken anew for each.
-    """
-    C_in, classes, C, cells, _, affine = shared.config
-    net, weights = Network(C_in, classes, C, cells, arch, affine), shared.state_dict()
+    shared: a supernet; arch: (2, E, O), 0/1; batches: normalised images, on which batch norm's
+    statistics are taken anew, since they differ between architectures."""
+    net, weights = Network(**shared.config | {"arch": arch}), shared.state_dict()
     net.load_state_dict({name: weights[name] for name in net.state_dict()})
     net.to(next(shared.parameters()).device)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None  # the plain average
-    for x in batches:
-        net(x)
+    torch.optim.swa_utils.update_bn(batches, net)  # the plain average over them
     return net.eval()
 
-def one_shot_name(arch):
-    return f"one_shot/{fingerprint(arch)}"
+def make_one_shots(names, archs, net, hyper, data, args):
+    """The one-shot networks of architectures, <out>/<name>.pt, and their scores as an ensemble.
+    net: the search's supernet, whose weights serve where --shared-epochs is 0."""
+    shared = train_shared("shared", hyper, data, args) if args.shared_epochs else net
+    for name, arch in zip(names, archs):
+        if not file_of(name, args).exists():
+            start, key = time.monotonic(), (args.seed, "recalibration")
+            batches = (data.batch("train", 256, step, key, augment=False)[0] for step in range(20))
+            state = finished(one_shot(shared, arch, batches), data)
+            save(file_of(name, args), state | {"seconds": time.monotonic() - start})
+    probs = torch.stack([load_network(name, args)["test"] for name in names])
+    scores = ensemble_metrics(probs, data.splits["test"][1].cpu())
+    print_table([{"one-shot of": len(names), **scores}], ["one-shot of", *scores])
 
-def make_one_shot(name, arch, data, args):
-    """Make an architecture's one-shot network and leave it in <out>/<name>.pt."""
-    start = time.time()
-    batches = (data.batch("train", 256, step, (args.seed, "recalibration"), augment=False)[0]
-               for step in range(20))  # the average of few would be noisy
-    net = one_shot(shared_network(data, args), arch, batches)
-    finish(name, net, {"seconds": time.time() - start}, data, args)
-
-# ---- 11. The ensemble and its metrics ------------------------------------------------------------
-
+# ---- 7. The ensemble and its metrics -------------------------------------------------------------
 class Ensemble(nn.Module):
     """Step 4 of the method: p(y | x) = mean_m p_m(y | x).
-
-    members: Networks; data: how they want to see images, as from `load_member`.
-    forward: images (B, *data.shape) uint8 -> probabilities (B, Y) of data.classes. Raises NesError
-    for others, such as floats in [0, 1], to which networks would answer nonsense.
-    """
+    members, data: as from `load_member`. forward: images (B, *data.shape) uint8 -> probabilities
+    (B, Y) of data.classes. Raises NesError for others."""
 
     def __init__(self, members, data):
         super().__init__()
@@ -1073,24 +522,9 @@ class Ensemble(nn.Module):
 
     def forward(self, images):
         if images.dtype != torch.uint8 or images.shape[1:] != self.data.shape:
-            fail(f"images must be uint8 and have the shape (B, C, H, W) with (C, H, W) = "
-                 f"{self.data.shape}, not {images.dtype} and {tuple(images.shape)}; see read_image")
+            fail(f"images must be uint8 and (B, *{self.data.shape}): see read_image")
         return torch.stack([predict(net, images, self.data) for net in self.members]).mean(dim=0)
 
-def load_ensemble(folder, one_shots=0):
-    """The Ensemble of a finished run folder: its trained members, or its first `one_shots` one-shot
-    networks. Raises NesError where they are not there."""
-    results = load(Path(folder) / "results.json") or fail(
-        f"{folder} holds no results.json: finish that run first")
-    shots = results["one_shots"]["files"]
-    if one_shots > len(shots):
-        fail(f"{folder} has {len(shots)} one-shot networks: repeat it with --one-shots {one_shots}")
-    files = shots[:one_shots] if one_shots else [member["file"] for member in results["members"]]
-    members, data = zip(*(load_member(Path(folder) / file) for file in files))
-    return Ensemble(members, data[0])
-
-METRICS = ["accuracy", "nll", "brier", "ece",                        # of one network, too
-           "oracle_accuracy", "disagreement", "predictive_jsd"]
 BINS = 15  # of confidence, for ECE and the reliability picture
 
 def confidence_bins(confidence):
@@ -1098,7 +532,7 @@ def confidence_bins(confidence):
     return (confidence * BINS).ceil().long().clamp(1, BINS) - 1
 
 def ensemble_metrics(probs, labels):
-    """Metrics of the ensemble p = mean_m p_m.
+    """Metrics of the ensemble p = mean_m p_m; for one network give it probs (1, N, Y).
 
     probs: (M, N, Y); labels: (N,). Returns a dict of floats:
         accuracy            share of points with argmax p = y
@@ -1109,48 +543,39 @@ def ensemble_metrics(probs, labels):
         oracle_accuracy     share of points that at least one member gets right
         disagreement        mean over pairs of members of the share of points with different argmax
         predictive_jsd      H(p) - mean_m H(p_m), nats, in [0, ln M]
+    A new metric is a line here: tables, ledger.csv and results.json follow.
     """
     probs = probs.double()
     p, votes = probs.mean(dim=0), probs.argmax(dim=-1)                             # (N, Y), (M, N)
-    confidence, choice = p.max(dim=-1)
+    (M, N), (confidence, choice) = votes.shape, p.max(dim=-1)
     gaps = confidence_bins(confidence).bincount(confidence - (choice == labels).double(), BINS)
-    differ = (votes[:, None] != votes).sum().item()                         # counts each pair twice
+    agree = F.one_hot(votes, p.shape[-1]).sum(dim=0).square().sum().item()  # of N M^2 pairs
     entropy = lambda q: torch.special.entr(q).sum(dim=-1).mean(dim=-1)
     return {"accuracy": (choice == labels).double().mean().item(),
             "nll": F.nll_loss(p.clamp_min(1e-12).log(), labels).item(),
             "brier": (p - F.one_hot(labels, p.shape[-1])).square().sum(dim=-1).mean().item(),
-            "ece": (gaps.abs().sum() / len(labels)).item(),
+            "ece": (gaps.abs().sum() / N).item(),
             "oracle_accuracy": (votes == labels).any(dim=0).double().mean().item(),
-            "disagreement": differ / max(1, len(votes) * (len(votes) - 1) * len(labels)),
+            "disagreement": (N * M * M - agree) / max(1, N * M * (M - 1)),
             "predictive_jsd": (entropy(p) - entropy(probs).mean()).item()}
 
-def member_metrics(probs, labels):
-    """The first four metrics, for one network's probs (N, Y)."""
-    scores = ensemble_metrics(probs.unsqueeze(0), labels)
-    return {key: scores[key] for key in METRICS[:4]}
-
 def forward_selection(probs, labels, count):
-    """Indices of `count` members of a pool, probs (P, N, Y), labels (N,): each lowers NLL most.
-
-    The selection of NES-RS (Zaidi et al., 2021).
-    """
+    """Indices of `count` of a pool, each of which lowers the NLL most, as in NES-RS (Zaidi et al.,
+    2021). probs: (P, N, Y); labels: (N,)."""
     chosen = []
     for _ in range(count):
         rest = [i for i in range(len(probs)) if i not in chosen]
         chosen.append(min(rest, key=lambda i: ensemble_metrics(probs[chosen + [i]], labels)["nll"]))
     return chosen
 
-# ---- 12. Other ensemble searches -----------------------------------------------------------------
-
+# ---- 8. Other ensemble searches ------------------------------------------------------------------
 def random_architecture(*key):
     """Two random inputs of each node, a random operation each: what random strengths give."""
     return discretise(torch.rand(2, len(EDGES), len(NAMES), generator=rng(*key)))
 
 def perturb(base, member, *key):
     """The base with as many entries changed at random as `member` has: the control for the dial.
-
-    Like for like: as many inputs, and of these as many operations, are the base's as member's are.
-    """
+    As many inputs, and of these as many operations, are the base's as member's are."""
     inputs = lambda arch: (arch.sum(dim=-1) * base.sum(dim=-1)).sum(dim=(-2, -1))
     entries, generator = lambda arch: matched_entries(arch, base), rng(*key)
     draw = lambda O: torch.rand(1000, 2, len(EDGES), O, generator=generator)
@@ -1163,91 +588,403 @@ def perturb(base, member, *key):
         if alike.any():
             return archs[alike.nonzero()[0, 0]]
 
-POOL = 50  # samples of which "chosen" chooses
+def darts_searches(base, ours, data, args):
+    """As many DARTS searches as members, independent of each other; the base is the first."""
+    names = ["base", *(f"base-{i}" for i in range(1, args.samples))]
+    deal_out({name: (base_search, name) for name in names}, data, args)
+    alphas = [load_network(name, args)["architecture"]["alpha"] for name in names]
+    return names, [discretise(alpha.softmax(dim=-1)) for alpha in alphas]
 
-def choose(pool, data, args):
-    """The distinct ones of sampled architectures that help each other most in one shot.
+# What stands beside ours: name -> a function that gives the names of its searches and its
+# architectures, of which `forward_selection` chooses if they are more than --samples. base: an
+# architecture; ours: the sampled ones. A new baseline is a line here.
+BASELINES = {
+    "single": lambda base, ours, data, args: (["base"], [base]),
+    "deep": lambda base, ours, data, args: (["base"], [base] * args.samples),
+    "random": lambda base, ours, data, args: ([], [
+        random_architecture(args.seed, "random", i) for i in range(args.samples)]),
+    "perturbed": lambda base, ours, data, args: (["base"], [
+        perturb(base, arch, args.seed, "perturbed", i) for i, arch in enumerate(ours)]),
+    "nes-rs": lambda base, ours, data, args: ([], [
+        random_architecture(args.seed, "random", i) for i in range(2 * args.samples)]),
+    "darts": darts_searches}
 
-    By forward selection of NLL on the selection split, which `make_one_shot` has predicted.
+# ---- 9. Data: one uint8 tensor, four named splits ------------------------------------------------
+# train       the shared weights learn from it: L_train  } together "both": a member, whose
+# validation  alpha and the hypernetwork do: L_val       } architecture is fixed, learns from all
+# selection   chooses between finished networks (NES-RS does, and we did between recipes)
+# test        is looked at once, at the end: one set for two purposes would flatter the result
+SHARES = {"train": 0.45, "validation": 0.45, "selection": 0.10}
+# Another data set of torchvision that has .data, .targets and .classes is a line here.
+TORCHVISION = {"fmnist": torchvision.datasets.FashionMNIST, "cifar10": torchvision.datasets.CIFAR10}
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+KNOWN = f"{', '.join(TORCHVISION)}, toy, or a folder of train/<class>/* and test/<class>/*"
+
+class Data(NamedTuple):
+    """Images with their splits, and how a network wants to see them."""
+    splits: dict         # name -> (images (N, C, H, W) uint8, labels (N,) int64)
+    classes: list        # names
+    mean: torch.Tensor   # (C, 1, 1), of the train split, pixels scaled to [0, 1]
+    std: torch.Tensor
+    shape: tuple         # (C, H, W)
+    crop: int = 0        # largest shift of a training image, pixels
+    mirror: bool = False
+    digest: str = ""     # of pixels, labels and classes: a run folder notices a change
+
+    def normalise(self, images):
+        """(B, C, H, W) uint8 -> float, mean 0 and std 1 in each channel, channels_last."""
+        x = (images.float() / 255 - self.mean) / self.std
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def batch(self, split, size, step, key, augment=True):
+        """Batch `step` of endless epochs over a split: images (B, C, H, W), labels (B,). `key`
+        decides each epoch's order; its last, incomplete batch is dropped."""
+        images, labels = self.splits[split]
+        size = min(size, len(labels))
+        epoch, position = divmod(step, len(labels) // size)
+        order = torch.randperm(len(labels), generator=rng(*key, "epoch", epoch))
+        chosen = order[position * size:][:size].to(labels.device)
+        x = images[chosen]
+        if augment and (self.crop or self.mirror):
+            torch.manual_seed(rng(*key, "augment", step).initial_seed())
+            change = v2.Compose([v2.RandomCrop(self.shape[1:], self.crop, padding_mode="edge"),
+                                 v2.RandomHorizontalFlip(0.5 * self.mirror)])
+            x = torch.stack([change(image) for image in x])
+        return self.normalise(x), labels[chosen]
+
+def load_data(dataset, data_dir="data", image_size=32, seed=0, device="cpu", crop=0, mirror=False):
+    """A data set, its training part split at random by `seed` into the shares above.
+    dataset: one of KNOWN; "./toy" is a folder. Raises NesError where it cannot be read."""
+    if dataset == "toy":
+        train, test, classes = toy(2400, "train"), toy(600, "test"), TOY_CLASSES
+    elif dataset in TORCHVISION:
+        train, test, classes = read_torchvision(TORCHVISION[dataset], Path(data_dir))
+    else:
+        train, test, classes = read_folder(Path(dataset), image_size)
+    content = b"".join(part.numpy().tobytes() for part in (*train, *test)) + repr(classes).encode()
+    order = torch.randperm(len(train[1]), generator=rng(seed, "splits"))
+    sizes = [int(share * len(order)) for share in SHARES.values()]
+    if not all(sizes):
+        fail(f"{dataset} has {len(order)} training images, too few for three splits: give it 20")
+    parts = dict(zip(SHARES, order[:sum(sizes)].split(sizes)))
+    parts["both"] = torch.cat([parts["train"], parts["validation"]])
+    (images, labels), test = ((x.to(device), y.to(device)) for x, y in (train, test))
+    splits = {name: (images[part], labels[part]) for name, part in parts.items()} | {"test": test}
+    std, mean = torch.std_mean(splits["train"][0].float() / 255, dim=(0, 2, 3), keepdim=True)
+    return Data(splits, classes, mean[0], std[0].clamp_min(1e-3), tuple(images.shape[1:]), crop,
+                mirror, hashlib.sha256(content).hexdigest()[:8])
+
+def read_torchvision(dataset_class, root):
+    """Train and test part, (images (N, C, H, W), labels) each, and the classes of a data set, from
+    `root`; else Fashion-MNIST from Debian's package; else downloaded to `root`."""
+    parts, raw = [], root / "FashionMNIST" / "raw"
+    try:
+        for archive in DEBIAN_FASHION_MNIST.glob("*.gz"):
+            if dataset_class == TORCHVISION["fmnist"] and not (raw / archive.stem).exists():
+                save(raw / archive.stem, gzip.decompress(archive.read_bytes()))
+        for train in (True, False):
+            part = dataset_class(root, train=train, download=True)  # only what is not there
+            images = torch.as_tensor(part.data).view(*part.data.shape[:3], -1).permute(0, 3, 1, 2)
+            parts.append((images.contiguous(), torch.as_tensor(part.targets)))
+    except Exception as error:  # no network, no room, or whatever a damaged file raises
+        fail(f"cannot read or download {dataset_class.__name__} in {root} ({error}): check the "
+             "network, delete the damaged files, or install Debian's dataset-fashion-mnist")
+    return *parts, part.classes
+
+def read_image(path, shape):
+    """An image file as uint8, resized to `shape`, (C, H, W) with one channel for grey; as a viewer
+    shows it: turned as the file says, and white where it is transparent."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode[0] in "IF":  # which would become white
+            raise ValueError(f"its pixels are {image.mode}, not of 8 bits")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = v2.functional.resize(image.convert("RGB"), shape[1:])
+        return v2.functional.pil_to_tensor(image.convert("L") if shape[0] == 1 else image)
+    except Exception as error:  # a damaged image raises OSError, SyntaxError or ValueError
+        fail(f"cannot read the image {path} ({error}): remove or replace it")
+
+def read_folder(root, size):
+    """Images of root/{train,test}/<class>, resized to (size, size); grey if all of them are.
+    Hidden names are not looked into; files that Pillow cannot read are left out."""
+    readable = {end for end, name in Image.registered_extensions().items() if name in Image.OPEN}
+    files = [path.relative_to(root) for part in ("train", "test")
+             for path in root.glob(f"{part}/*/**/*") if path.is_file()]
+    paths = sorted(path for path in files if path.suffix.lower() in readable
+                   and not any(part.startswith((".", "@eaDir", "__MACOSX")) for part in path.parts))
+    say(f"{root}: {len(paths)} images; {len(files) - len(paths)} other files are left out")
+    parts = [[path for path in paths if path.parts[0] == part] for part in ("train", "test")]
+    classes, others = (sorted({path.parts[1] for path in part}) for part in parts)
+    if classes != others or len(classes) < 2:
+        fail(f"--dataset {root} is none of {KNOWN}, with the same two or more classes in both: "
+             f"train has {classes} and test has {others}")
+    images = [torch.stack([read_image(root / path, (3, size, size)) for path in part])
+              for part in parts]
+    if all((x == x[:, :1]).all() for x in images):
+        images = [x[:, :1].contiguous() for x in images]
+    labels = [torch.tensor([classes.index(path.parts[1]) for path in part]) for part in parts]
+    return *zip(images, labels), classes
+
+TOY_CLASSES = ["disc", "ring", "square", "diamond", "plus", "cross"]
+
+def toy(count, *key):
+    """Noisy drawings of six shapes: images (count, 1, 16, 16) uint8 and labels (count,)."""
+    generator = rng("toy", *key)
+    draw = lambda low, high: low + (high - low) * torch.rand(count, 1, 1, generator=generator)
+    axis, size = torch.arange(16.0), draw(3, 6)
+    u = ((axis.view(1, 16, 1) - draw(5, 10)) / size).abs()   # (count, 16, 1), 1 at the shape's edge
+    v = ((axis.view(1, 1, 16) - draw(5, 10)) / size).abs()
+    radius, box = (u * u + v * v).sqrt(), torch.maximum(u, v)
+    shapes = torch.stack([radius < 1, (radius < 1) & (radius > 0.6), box < 0.9, u + v < 1.2,
+                          (torch.minimum(u, v) < 0.3) & (box < 1),
+                          ((u - v).abs() < 0.35) & (box < 1)])
+    labels = torch.randint(len(TOY_CLASSES), (count,), generator=generator)
+    ink = shapes[labels, torch.arange(count)] * draw(40, 90) * draw(-1, 1).sign()
+    noise = 25 * torch.randn(count, 16, 16, generator=generator)
+    return (128 + ink + noise).clamp(0, 255).byte()[:, None], labels
+
+# ---- 10. Settings --------------------------------------------------------------------------------
+ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)
+DEVICES = ["cpu", ACCELERATOR.type] if ACCELERATOR else ["cpu"]
+SETTINGS = [  # name, default, lowest value or the choices, what it is
+    # what to run
+    ("dataset", "fmnist", None, KNOWN),
+    ("samples", 5, 1, "members of the ensemble"),
+    ("one-shots", 20, 1, "members of the larger ensemble that is scored in one shot"),
+    ("baselines", [], ("all", *BASELINES), "other ensembles to train, too; see section 8"),
+    ("seed", 0, 0, "of everything random"),
+    ("device", "auto", ("auto", *DEVICES), "auto: an accelerator, cuda or mps, if there is one"),
+    ("workers", 0, 0, "processes that share the networks on a CPU; 0: one a core; 1: no other"),
+    ("out", "", None, "run folder; if empty, runs/<dataset>-<objective>-<seed>"),
+    # the data
+    ("data-dir", "data", None, "where torchvision's data sets are, or are downloaded to"),
+    ("image-size", 32, 8, "side to which a folder's images are resized, pixels"),
+    ("crop", 0, 0, "largest random shift of a training image, pixels"),
+    ("mirror", False, None, "mirror half of the training images; not for digits or text"),
+    # the searches
+    ("search-channels", 8, 2, "channels of the supernet's first cell"),
+    ("base-steps", 150, 1, "steps of the base search (DARTS)"),
+    ("hyper-steps", 1000, 1, "steps of the hypernetwork's training"),
+    ("search-lr", 0.05, 0, "learning rate of the weights; it and the next two fall to 0"),
+    ("alpha-lr", 0.01, 0, "learning rate of alpha in the base search"),
+    ("hyper-lr", 0.06, 0, "learning rate of the hypernetwork"),
+    ("second-order", False, None, "base search by the exact second-order gradient"),
+    # diversity
+    ("objective", "target", ("target", "paper"), "c (share - lambda)^2 or - lambda JSd"),
+    ("lambda-max", 1.0, 1e-6, "Lambda, the largest diversity"),
+    ("strength", 30.0, 0, "c, of the target objective"),
+    ("pivots", 6, 2, "K, pivots of the hypernetwork"),
+    ("noise", 0.3, 0, "scale of the Gumbel noise at the start; it falls to 0"),
+    # the members, and the shared weights
+    ("channels", 16, 2, "channels of a member's first cell"),
+    ("cells", 2, 1, "cells of a member"),
+    ("epochs", 5, 1, "epochs of a member's training"),
+    ("shared-epochs", 5, 0, "epochs of the one-shot weights; 0: the search's own"),
+    ("batch", 64, 2, "images of a step, in searches, too"),
+    ("lr", 0.006, 0, "a member's largest learning rate")]
+# What two commands that share a run folder may have different; of the data the digest tells
+FREE = {"dataset", "samples", "one_shots", "baselines", "device", "workers", "out", "data_dir"}
+
+def parse(argv=None):
+    """The settings, from a command line. Raises NesError on a flag that cannot be."""
+    parser = argparse.ArgumentParser("nes.py", "nes.py [flags]", __doc__.partition('"Diff')[0],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message}; see --help")
+    for name, default, allowed, text in SETTINGS:
+        kind = {bool: {"action": "store_true"}, list: {"choices": allowed, "nargs": "*"},
+                str: {"choices": allowed}}.get(type(default), {"type": type(default)})
+        parser.add_argument(f"--{name}", default=default, help=f"{text} (%(default)s)", **kind)
+    if parser.parse_args(argv).dataset == "toy":
+        parser.set_defaults(base_steps=60, hyper_steps=400, epochs=8, shared_epochs=8, channels=8)
+    args = parser.parse_args(argv)
+    for name, default, lowest, _ in SETTINGS:
+        value = vars(args)[name.replace("-", "_")]
+        if type(default) in (int, float) and not lowest <= value < math.inf:
+            parser.error(f"--{name} {value} is not a number from {lowest} up")
+    if args.lambda_max > 1 and args.objective == "target":
+        parser.error("--lambda-max is at most 1 with --objective target, whose lambda is a share")
+    args.baselines = list(BASELINES) if "all" in args.baselines else args.baselines
+    args.out = args.out or f"runs/{Path(args.dataset).resolve().name}-{args.objective}-{args.seed}"
+    args.device = DEVICES[-1] if args.device == "auto" else args.device
+    return args
+
+def set_up(args):
+    """Join the other processes of a torchrun."""
+    global RANK, WORLD, barrier
+    if dist.is_torchelastic_launched():
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # they wait for one another
+        RANK, WORLD, barrier = dist.get_rank(), dist.get_world_size(), dist.barrier
+    elif os.environ.get("WORLD_SIZE", "") not in ("", "1"):
+        fail("WORLD_SIZE is set, but not by torchrun: start nes.py by torchrun, or unset it")
+
+# ---- 11. Keeping work: errors are sentences, randomness has names, results outlive the process ---
+VERSION = 4  # of the files in a run folder
+
+class NesError(Exception):
+    """What went wrong and what to do, in one sentence. `main` prints it and ends with status 2."""
+
+def fail(sentence):
+    raise NesError(" ".join(sentence.split()))  # one line, whatever a library's words in it held
+
+def rng(*key):
+    """A random generator that depends on `key` alone, for example (seed, "batch", epoch).
+    No random state is carried from step to step, so that a resumed run has none to restore."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+def save(path, state):
+    """Write a checkpoint (.pt) or bytes; a kill leaves the old file or the new one, no half."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".pt":
+            torch.save({"version": VERSION, **state}, part)
+        else:
+            part.write_bytes(state)
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        fail(f"cannot write {path} ({error}): make room, or choose another --out or --data-dir")
+
+def remove_parts(folder):
+    """Remove what a kill or a full disk left of `save`, where its process no longer lives."""
+    for part in Path(folder).rglob("*.part"):
+        try:
+            os.kill(int(part.suffixes[-2][1:]), 0)  # sends nothing; raises if that process is gone
+        except OSError:
+            part.unlink(missing_ok=True)
+
+def load(path):
+    """What `save` wrote to a .pt or .json file; None where there is none. Raises NesError."""
+    try:
+        content = io.BytesIO(Path(path).read_bytes())
+        if str(path).endswith(".json"):
+            return json.load(content)
+        state = torch.load(content, map_location="cpu", weights_only=True)
+        if state["version"] != VERSION:
+            raise ValueError
+        return state
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        fail(f"cannot read {path} ({error.strerror}): is it the right file, and yours to read?")
+    except Exception as error:  # a damaged zip, pickle or JSON file raises almost anything
+        fail(f"{path} is damaged, or not of this version ({type(error).__name__}): delete it")
+
+def file_of(name, args):
+    """Where a finished phase or network is; what is still in training is unfinished/<name>."""
+    return Path(args.out) / f"{name}.pt"
+
+def load_network(name, args):
+    return load(file_of(name, args))
+
+def check_settings(data, args):
+    """Refuse a run folder of other settings, images or nes.py; else note the settings there."""
+    path = Path(args.out) / "settings.json"
+    now = {"version": VERSION, "images": data.digest, "operations": NAMES}
+    now |= {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in FREE}
+    before = load(path) or now
+    if changed := [f"{k} {before.get(k)} (now {now[k]})" for k in now if before.get(k) != now[k]]:
+        fail(f"{args.out} holds a run with {', '.join(changed)}: choose another --out")
+    save(path, json.dumps(now, indent=1).encode())
+
+def resumable(name, steps, parts, data, args, result=dict):
+    """The loop under all training: yields (step, losses) for each step that is still to do.
+
+    parts: name -> module or optimizer, loaded from <out>/unfinished/<name>.pt if it is there. The
+    body puts its losses into `losses`. At least 15 times, and every 100 steps, their means become a
+    log row, and that file is written: the parts, "step", "seconds" and "history", a list of
+    {"step": ..., loss: mean}. In the end <out>/<name>.pt holds it without optimizers, and result().
     """
-    distinct = {one_shot_name(arch): arch for arch in pool}
-    probs = torch.stack([load_network(name, args)["selection"] for name in distinct])
-    labels, count = data.splits["selection"][1].cpu(), min(args.samples, len(distinct))
-    chosen = [[*distinct.values()][i] for i in forward_selection(probs, labels, count)]
-    return [chosen[i % count] for i in range(args.samples)]
+    check_settings(data, args)
+    final, unfinished = file_of(name, args), file_of(f"unfinished/{name}", args)
+    state = load(final) or load(unfinished) or {"step": 0, "seconds": 0.0, "history": []}
+    for part in parts.keys() & state.keys():
+        parts[part].load_state_dict(state[part])
+    if 0 < state["step"] < steps:
+        print(f"{name}: goes on after step {state['step']} of {steps}")
+    start, sums = time.monotonic() - state["seconds"], {}
+    for done in range(state["step"] + 1, steps + 1):
+        yield done - 1, (losses := {})
+        sums = {key: sums.get(key, 0) + value.detach() for key, value in losses.items()}
+        if done % max(1, min(100, steps // 15)) and done < steps:
+            continue
+        means = {key: float(value) / (done - state["step"]) for key, value in sums.items()}
+        words = "  ".join(f"{key} {value:.3f}" for key, value in means.items())
+        if not all(map(math.isfinite, means.values())):
+            fail(f"the loss of {name} is not a number at step {done}: lower --lr (in a search "
+                 "--search-lr, --alpha-lr or --hyper-lr), in another --out")
+        sums, seconds = {}, time.monotonic() - start
+        print(f"{name:<19}{done:>6}/{steps:<6}{words}   {seconds * (steps / done - 1):5.0f} s left")
+        history = [*state["history"], {"step": done, **means}]
+        state = {part: module.state_dict() for part, module in parts.items()}
+        state |= {"step": done, "seconds": seconds, "history": history}
+        save(unfinished, state)
+    if not final.exists():
+        kept = {part: value for part, value in state.items() if "optimizer" not in part}
+        save(final, kept | result())
+    unfinished.unlink(missing_ok=True)  # where it is gone, another process was here first
 
-def other_searches(count):
-    """The names of `count` - 1 DARTS searches, independent of each other and of the base's."""
-    return [f"base-{i}" for i in range(1, count)]
+def load_hypernetwork(folder):
+    """The HyperNetwork of a run folder: `sample` reads an architecture off it at any lambda."""
+    state = load(Path(folder) / "hyper.pt") or fail(f"{folder} holds no hyper.pt: run nes.py first")
+    kept = state["architecture"]
+    hyper = HyperNetwork(kept["table"][0], len(kept["pivots"]), kept["pivots"][-1].item())
+    hyper.load_state_dict(kept)
+    return hyper
 
-def architectures(method, base, pool, data, args):
-    """What a method trains; base: its finished architecture; pool: sampled ones, spread lambdas."""
-    M, seed = args.samples, args.seed
-    return {
-        "ours": lambda: pool[:M],
-        "chosen": lambda: choose(pool, data, args),
-        "single": lambda: [base],
-        "deep": lambda: [base] * M,
-        "perturbed": lambda: [perturb(base, arch, seed, "perturbed", i)
-                              for i, arch in enumerate(pool[:M])],
-        "random": lambda: [random_architecture(seed, "random", i) for i in range(M)],
-        "nes-rs": lambda: [random_architecture(seed, "random", i) for i in range(2 * M)],
-        "darts": lambda: [base, *(discretise(load_network(name, args)["architecture"][
-            "alpha"].softmax(dim=-1)) for name in other_searches(M))]}[method]()
+def load_member(path):
+    """A finished network from its file alone: (net, data), on the CPU, net in eval mode.
+    data has no images, but tells how the network wants to see them: probs = net(data.normalise(
+    images)).softmax(-1), images (B, *data.shape) uint8; probs[:, k] belongs to data.classes[k]."""
+    state = load(path) or fail(f"there is no {path}: results.json names the file of each member")
+    if "network" not in state:
+        fail(f"{path} holds no finished network: choose a file of members/ or one_shot/")
+    net = Network(**state["network"])
+    net.load_state_dict(state["net"])
+    return net.eval(), Data({}, state["classes"], state["mean"], state["std"], state["shape"])
 
-# ---- 13. Pictures --------------------------------------------------------------------------------
+def load_ensemble(folder, one_shots=0):
+    """The Ensemble of a run folder: its trained members, or its first `one_shots` in one shot."""
+    results = load(Path(folder) / "results.json") or fail(f"finish that run first: {folder}")
+    shots = results["one_shots"]["files"]
+    if not 0 <= one_shots <= len(shots):
+        fail(f"{folder} has {len(shots)} one-shot networks, not {one_shots}: see --one-shots")
+    files = shots[:one_shots] or [member["file"] for member in results["members"]]
+    members, data = zip(*(load_member(Path(folder) / file) for file in files))
+    return Ensemble(members, data[0])
 
-STATES = ["c[k-2]", "c[k-1]", "node 0", "node 1", "node 2", "node 3"]
-
+# ---- 12. Pictures --------------------------------------------------------------------------------
 def plot_cell(axis, entries, base=(), title=""):
     """A cell, to be read from top to bottom: a column for each input and node.
-
     entries: of one kind, as `genotype` lists them. Each is an arrow from its source's column to its
     node's, with its operation on it, orange where it is not in `base`. Below its two arrows a node
-    holds their sum, and at the bottom the four nodes are concatenated.
-    """
+    holds their sum; at the bottom all nodes are concatenated."""
     style, height = {"ha": "center", "va": "center", "fontsize": 7.5}, 3
-    box = {"boxstyle": "round", "fc": "lightgrey", "ec": "grey"}
-    bottom = -height * NODES - 0.3
-    for column, label in enumerate(STATES):
-        first = height * (2 - column)  # where a node's first arrow ends
-        top, place = (1.5, 1.5) if column < 2 else (first, first - 1.8)
+    box, bottom = {"boxstyle": "round", "fc": "lightgrey", "ec": "grey"}, -height * NODES - 0.3
+    for column, label in enumerate(["c[k-2]", "c[k-1]", *(f"node {n}" for n in range(NODES))]):
+        top = min(1.5, height * (2 - column))  # an input's column; or where a node's arrows end
         axis.plot([column, column], [top, bottom], color="lightgrey", lw=1, zorder=0)
-        axis.text(column, place, label, bbox=box, **style)
+        axis.text(column, 1.5 if column < 2 else top - 1.8, label, bbox=box, **style)
     for i, (name, source) in enumerate(entries):
         node, y = i // 2 + 2, -height * (i // 2) - i % 2
-        known = not base or [name, source] in base[i // 2 * 2:][:2]
-        color = "tab:blue" if known else "tab:orange"
-        axis.annotate("", (node, y), (source, y), arrowprops={
-            "arrowstyle": "-|>", "color": color, "lw": 2, "shrinkA": 0, "shrinkB": 0})
-        axis.text((source + node - 0.1) / 2, y + 0.42, name, color=color, bbox={
-            "pad": 0.3, "fc": "white", "ec": "none"}, **style)
+        color = "tab:orange" if base and [name, source] not in base[i // 2 * 2:][:2] else "tab:blue"
+        axis.plot([source, node - 0.05], [y, y], color=color, lw=2, marker=">", markevery=[1])
+        axis.text((source + node) / 2, y + 0.42, name, color=color, **style)
     axis.text(3.5, bottom, "c[k]: the four nodes, concatenated", bbox=box, **style)
     axis.set(xlim=(-0.5, 5.5), ylim=(bottom - 0.6, 2.1), title=title)
     axis.axis("off")
 
-def plot_response(axis, responses, members):
-    """Matched entries against lambda, mean and range of one or more runs; members are marked."""
-    read = lambda points, key: torch.tensor([float(point[key]) for point in points])
-    lam = read(responses[0], "lambda")
-    lines = torch.stack([read(points, "matched_entries") for points in responses])
-    axis.plot(lam, ENTRIES * (1 - lam / max(1, lam[-1])), ":", color="grey", label="ideal")
+def plot_response(axis, points, members):
+    """Entries that are the base's against lambda: of `lambda_response`'s points, and members."""
+    for rows, style, label in ((points, "o-", "hypernetwork"), (members, "D", "members")):
+        read = lambda key: [row[key] for row in rows]
+        axis.plot(read("lambda"), read("matched_entries"), style, label=label)
+    end = points[-1]["lambda"]
+    axis.plot([0, end], [ENTRIES, ENTRIES * (1 - min(1, end))], ":", color="grey", label="ideal")
     axis.axhline(CHANCE_ENTRIES, ls="--", color="grey", label="chance")
-    axis.fill_between(lam, lines.amin(0), lines.amax(0), alpha=0.3)
-    axis.plot(lam, lines.mean(0), "o-", label="read off the hypernetwork")
-    axis.plot(read(members, "lambda"), read(members, "matched_entries"), "D", color="tab:orange",
-              label="sampled members")
     axis.set(xlabel="lambda", ylabel=f"entries of {ENTRIES} that are the base's", title="The dial")
-    axis.legend(fontsize=8)
-
-def plot_sizes(axis, probs, labels):
-    """Accuracy of the first 1, 2, ..., M members together, and of each alone; probs (M, N, Y)."""
-    accuracy = lambda p: 100 * ensemble_metrics(p, labels)["accuracy"]
-    sizes = range(1, len(probs) + 1)
-    axis.plot(sizes, [accuracy(probs[:m]) for m in sizes], "o-", label="the first members together")
-    axis.plot(sizes, [accuracy(p[None]) for p in probs], "x", color="grey", label="each alone")
-    axis.set(xlabel="members", ylabel="test accuracy, %", title="Accuracy against ensemble size",
-             xticks=sizes)
     axis.legend(fontsize=8)
 
 def plot_reliability(axis, probs, labels):
@@ -1261,205 +998,201 @@ def plot_reliability(axis, probs, labels):
     axis.legend(fontsize=8)
 
 def save_pictures(results, labels, args):
-    """cells.png (the base, the first 20 members), lambda_response, ensemble_size, reliability."""
+    """results.png: the dial, ensemble size, reliability; cells.png: the first 20 members."""
     members, base = results["members"], results["base"]["genotype"]
+    figures = {"results": Figure((15, 4)), "cells": Figure((11, 4.2 * len(members[:20])))}
+    dial, size, reliability = figures["results"].subplots(1, 3)
+    plot_response(dial, results["lambda_response"]["points"], members)
     probs = torch.stack([load(Path(args.out) / member["file"])["test"] for member in members])
-    cells = [("base (below, orange is what it has not)", base)]
-    cells += [(f"lambda {member['lambda']:.2f}, {member['matched_entries']} of 16 entries",
-               member["genotype"]) for member in members[:20]]
-    figures = {name: Figure((5, 4)) for name in ("lambda_response", "ensemble_size", "reliability")}
-    dial, size, reliability = (figure.subplots() for figure in figures.values())
-    plot_response(dial, [results["lambda_response"]["points"]], members)
-    plot_sizes(size, probs, labels)
     plot_reliability(reliability, probs, labels)
-    figures["cells"] = Figure((11, 4.2 * len(cells)))
-    for axes, (title, cell) in zip(figures["cells"].subplots(len(cells), 2, squeeze=False), cells):
-        for axis, kind in zip(axes, KINDS):
-            plot_cell(axis, cell[kind], base[kind], f"{title}: {kind} cell")
+    counts = range(1, len(members) + 1)
+    together = [ensemble_metrics(probs[:count], labels)["accuracy"] for count in counts]
+    size.plot(counts, together, "o-", label="the first members together")
+    size.plot(counts, [member["accuracy"] for member in members], "x", label="each alone")
+    size.set(xlabel="members", ylabel="test accuracy", title="Ensemble size", xticks=counts)
+    size.legend(fontsize=8)
+    cells = figures["cells"].subplots(len(members[:20]), 2, squeeze=False)
+    for row, member in zip(cells, members):
+        for axis, kind in zip(row, KINDS):
+            title = f"lambda {member['lambda']:.2f}, {kind} cell; orange is not in the base's"
+            plot_cell(axis, member["genotype"][kind], base[kind], title)
     for name, figure in figures.items():
         figure.savefig(png := io.BytesIO(), dpi=110, bbox_inches="tight")
         save(Path(args.out) / f"{name}.png", png.getvalue())
 
-# ---- 14. The run ---------------------------------------------------------------------------------
+# ---- 13. The run ---------------------------------------------------------------------------------
+# A run is one process or several, ranks of this program. They share nothing but files and a
+# barrier: the first searches, then each trains its part of the networks. What they find does not
+# depend on how many they are.
+RANK, WORLD, barrier = 0, 1, lambda: None  # this one, of how many; wait for all of them
+
+def say(text):
+    if RANK == 0:
+        print(text)
 
 def run(args):
-    """All steps of the method in turn; returns what `main` returns and results.json holds."""
+    """All steps of the method in turn, as one rank; in the end all is in the folder args.out."""
+    if hasattr(sys.stdout, "reconfigure"):  # a letter that the terminal lacks is no error
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     say("settings: " + "  ".join(f"{name}={value}" for name, value in vars(args).items()))
-    for turn in range(2):  # under torchrun process 0 searches, then the others find its files
-        if turn == min(RANK, 1):
-            data = load_data(args.dataset, args.data_dir, args.image_size, args.seed, args.device,
-                             args.crop, args.mirror)
-            say("data: " + "  ".join(f"{name} {len(y)}" for name, (_, y) in data.splits.items()))
-            net, base_p = base_search("base", data, args)
-            print_cells("base", discretise(base_p))
-            hyper = train_hypernetwork(net, base_p, data, args)
+    if RANK > 0:
+        barrier()  # the first rank searches, then the others find its files
+    remove_parts(args.out)
+    data = load_data(args.dataset, args.data_dir, args.image_size, args.seed, args.device,
+                     args.crop, args.mirror)
+    net, base_p = base_search("base", data, args)
+    base = discretise(base_p)
+    hyper = train_hypernetwork(net, base_p, data, args)
+    if RANK == 0:
         barrier()
     response = lambda_response(hyper, base_p, args.lambda_max)
-    say("\n" + table(response["points"], {
-        "lambda": ("lambda", ".2f"), "matched_entries": ("entries of 16 that are the base's", "")}))
-    say("Spearman's correlation {spearman:.3f} (ideal: -1), calibration error "
-        "{calibration_error:.3f} (0)".format(**response))
-    for lam in sample_lambdas(args.samples, args.lambda_max):
-        print_cells(f"lambda {lam:.3f}", sample(hyper, [lam])[0])
-    methods = make_networks(discretise(base_p), hyper, data, args)
-    rows = {method: method_rows(method, names, discretise(base_p), data, args)
-            for method, names in methods.items()}
-    results = collect(rows, response, hyper, base_p, data, args)
+    print_table(response["points"], ["lambda", "matched_entries"])
+    print_table([response], ["spearman", "calibration_error"])  # ideally -1 and 0
+    methods = make_networks(net, base, hyper, data, args)
     if RANK == 0:
-        save(Path(args.out) / "results.json", json.dumps(results, indent=1))
-        save(Path(args.out) / "ledger.csv", ledger(sum(rows.values(), [])))
-        save_pictures(results, data.splits["test"][1].cpu(), args)
-    print_results(rows)
-    say(f"\neverything is in {args.out}")
-    return results
+        rows = {method: score(method, *made, base, data, args) for method, made in methods.items()}
+        members = describe(hyper, base_p, sample_lambdas(args.samples, args.lambda_max))
+        report(rows, response, members, base, data, args)
+    barrier()
 
-def make_networks(base, hyper, data, args):
-    """Train and score what every method needs: method -> its networks' names, <out>/<name>.pt."""
-    count = max(args.samples, args.one_shots, POOL if "chosen" in args.baselines else 0)
-    pool = sample(hyper, sample_lambdas(count, args.lambda_max))
-    shots = [one_shot_name(arch) for arch in pool]
-    jobs, methods = {"shared": (train_shared, hyper)} if args.shared_epochs else {}, {}
-    if "darts" in args.baselines:
-        deal_out({name: (base_search,) for name in other_searches(args.samples)}, data, args)
-    stages = [["ours", *(method for method in args.baselines if method != "chosen")]]
-    stages += [["chosen"]] * ("chosen" in args.baselines)  # it reads the first stage's scores
-    for stage in stages:
-        for method in stage:
-            archs = architectures(method, base, pool, data, args)
-            methods[method] = [f"members/{fingerprint(arch)}-{i}" for i, arch in enumerate(archs)]
-            jobs |= {name: (train_member, arch, i)
-                     for i, (name, arch) in enumerate(zip(methods[method], archs))}
-        say(f"\n{len(jobs)} networks, the shared weights included; what is there is not trained "
-            f"again. Then {len(set(shots))} in one shot, without a log, some seconds each")
-        deal_out(jobs, data, args)
-        deal_out({name: (make_one_shot, arch) for name, arch in zip(shots, pool)}, data, args)
-    return methods | {"ours, one-shot": shots[:args.samples],
-                      f"one-shot of {args.one_shots}": shots[:args.one_shots]}
+def make_networks(net, base, hyper, data, args):
+    """Train what every method needs: method -> (its searches, its networks), names of files."""
+    pool = sample(hyper, sample_lambdas(max(args.samples, args.one_shots), args.lambda_max))
+    ours, shots = pool[:args.samples], [f"one_shot/{fingerprint(arch)}" for arch in pool]
+    wanted = {"ours": (["base", "hyper"], ours)}
+    wanted |= {method: BASELINES[method](base, ours, data, args) for method in args.baselines}
+    jobs, methods = {"one-shots": (make_one_shots, shots, pool, net, hyper)}, {}
+    for method, (searches, archs) in wanted.items():
+        names = [f"members/{fingerprint(arch)}-{i}" for i, arch in enumerate(archs)]
+        jobs |= {name: (train_member, name, archs[i], i) for i, name in enumerate(names)}
+        methods[method] = searches, names
+    deal_out(jobs, data, args)
+    searches = ["base", "hyper", *["shared"] * (args.shared_epochs > 0)]
+    return methods | {"ours, one-shot": (searches, shots[:args.samples]),
+                      f"one-shot of {args.one_shots}": (searches, shots[:args.one_shots])}
 
-def seconds_of(names, args):
-    """What some phases or networks took together, from their files."""
-    return sum(load_network(name, args)["seconds"] for name in set(names))
+def deal_out(jobs, data, args):
+    """Do all jobs, each rank its part: name of the file that a job makes -> (function, *arguments).
+    On a CPU with one thread: small kernels gain little from a second, and results do not depend on
+    the number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if args.device == "cpu" else threads)
+    for name, (function, *arguments) in list(jobs.items())[RANK::WORLD]:
+        if not file_of(name, args).exists():
+            function(*arguments, data, args)
+    torch.set_num_threads(threads)
+    barrier()
 
-def method_rows(method, names, base, data, args):
-    """A row of the ledger for each network of a method, and one for the ensemble of the chosen.
-
-    names: of the networks' files. Tables and results.json are made of these rows, dicts.
-    """
-    states = [load_network(name, args) for name in names]
-    (test, labels), (selection, selection_labels) = (
-        (torch.stack([state[split] for state in states]), data.splits[split][1].cpu())
-        for split in ("test", "selection"))
-    sampled, chosen = method == "ours" or "one-shot" in method, range(len(names))
-    lambdas = sample_lambdas(len(names), args.lambda_max) if sampled else [""] * len(names)
-    if method == "nes-rs":
-        chosen = forward_selection(selection, selection_labels, args.samples)
-    run, rows = {"dataset": args.dataset, "seed": args.seed, "method": method}, []
-    for i, (name, state) in enumerate(zip(names, states)):
-        before = member_metrics(selection[i], selection_labels)
-        rows.append(run | {
-            "index": i, "chosen": int(i in chosen), "lambda": lambdas[i],
-            "entries": int(matched_entries(state["network"][4], base)),
-            "seconds": state["seconds"], **member_metrics(test[i], labels),
-            "selection_accuracy": before["accuracy"], "selection_nll": before["nll"],
-            "file": f"{name}.pt", "genotype": json.dumps(genotype(state["network"][4]))})
-    accuracies = [rows[i]["accuracy"] for i in chosen]
-    searches = {"random": [], "nes-rs": [], "single": ["base"], "deep": ["base"],
-                "perturbed": ["base"], "darts": ["base", *other_searches(args.samples)]}
-    shared = ["shared"] if "one-shot" in method and args.shared_epochs else []
+def score(method, searches, names, base, data, args):
+    """A method's rows, one for each of its networks, then one for their ensemble: the tables,
+    ledger.csv and results.json are made of them. seconds: of a network its training, of an ensemble
+    all that the method needs, added up over processes."""
+    files = [load_network(name, args) for name in names]
+    chosen, labels = list(range(len(names))), data.splits["test"][1].cpu()
+    if method in BASELINES and len(names) > args.samples:
+        chosen = forward_selection(torch.stack([file["selection"] for file in files]),
+                                   data.splits["selection"][1].cpu(), args.samples)
+    lambdas = sample_lambdas(len(names), args.lambda_max)
+    run = {"dataset": args.dataset, "seed": args.seed, "method": method}
+    rows = [run | {
+        "index": i, "chosen": int(i in chosen), "lambda": lambdas[i] if "hyper" in searches else "",
+        "entries": int(matched_entries(file["network"]["arch"], base)), "seconds": file["seconds"],
+        "file": f"{name}.pt", "genotype": json.dumps(genotype(file["network"]["arch"])),
+        **ensemble_metrics(file["test"][None], labels)}
+        for i, (name, file) in enumerate(zip(names, files))]
     return [*rows, run | {
-        "index": "ensemble", **ensemble_metrics(test[list(chosen)], labels),
-        "member_mean": sum(accuracies) / len(chosen), "member_best": max(accuracies),
-        "networks": len(rows),
-        "search_seconds": seconds_of(searches.get(method, ["base", "hyper"]), args),
-        "training_seconds": seconds_of([*shared, *names], args)}]
+        "index": "ensemble",
+        "seconds": round(sum(load_network(name, args)["seconds"] for name in {*searches, *names})),
+        **ensemble_metrics(torch.stack([files[i]["test"] for i in chosen]), labels),
+        "member_mean": sum(rows[i]["accuracy"] for i in chosen) / len(chosen)}]
 
-def collect(rows, response, hyper, base_p, data, args):
-    """What results.json holds; rows: method -> its rows of the ledger."""
-    base = discretise(base_p)
-    pick = lambda row, keys=METRICS: {key: row[key] for key in keys}
+def report(rows, response, described, base, data, args):
+    """Write results.json, ledger.csv and the pictures; print tables. rows: method -> of `score`."""
     ours, shots, more = rows["ours"], rows["ours, one-shot"], rows[f"one-shot of {args.one_shots}"]
-    members = [member | {"file": mine["file"], "one_shot": pick(shot, METRICS[:4]),
-                         "test": pick(mine, METRICS[:4])} for member, mine, shot in zip(
-        describe(hyper, base_p, sample_lambdas(args.samples, args.lambda_max)), ours, shots)]
-    return {
+    ensembles = {method: part[-1] for method, part in rows.items()}
+    members = [mine | member | {"one_shot": shot}
+               for mine, member, shot in zip(ours, described, shots)]
+    results = {
         "settings": vars(args) | {"images": data.digest},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "torchvision": torchvision.__version__},
-        "seconds": {"base": seconds_of(["base"], args), "hypernetwork": seconds_of(["hyper"], args),
-                    "one_shot": shots[-1]["training_seconds"],
-                    "members": ours[-1]["training_seconds"]},
+        "versions": {"python": sys.version, "torch": torch.__version__},
+        "seconds": {name: load_network(name, args)["seconds"] for name in ("base", "hyper")},
         "base": {"genotype": genotype(base), "operations": count_operations(base)},
-        "lambda_response": response, "distinct": len({row["file"] for row in shots[:-1]}),
-        "members": members,
-        "methods": {method: pick(found[-1], COLUMNS) for method, found in rows.items()},
-        "ensemble": pick(ours[-1]), "one_shot": pick(shots[-1]),
-        "one_shots": pick(more[-1]) | {"files": [row["file"] for row in more[:-1]]}}
+        "lambda_response": response, "members": members, "methods": ensembles,
+        "ensemble": ours[-1], "one_shot": shots[-1],
+        "one_shots": more[-1] | {"files": [row["file"] for row in more[:-1]]}}
+    save(Path(args.out) / "results.json", json.dumps(results, indent=1).encode())
+    table = csv.DictWriter(text := io.StringIO(), [*ours[0], "member_mean"], lineterminator="\n")
+    table.writeheader()
+    table.writerows(sum(rows.values(), []))
+    save(Path(args.out) / "ledger.csv", text.getvalue().encode(errors="backslashreplace"))
+    save_pictures(results, data.splits["test"][1].cpu(), args)
+    print_table(members, ["index", "lambda", "entries", "accuracy", "nll", "ece"])
+    print_table(ensembles.values(), list(ours[-1])[2:])
+    say(f"\neverything is in {args.out}")
 
-def ledger(rows):
-    """CSV text: a row for each network and for each ensemble of a run."""
-    writer = csv.DictWriter(text := io.StringIO(), dict.fromkeys(sum(map(list, rows), [])),
-                            restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-# Key of a method's scores in results.json -> title, format
-COLUMNS = {"accuracy": ("accuracy", ".2%"), "nll": ("NLL", ".4f"), "brier": ("Brier", ".4f"),
-           "ece": ("ECE", ".4f"), "oracle_accuracy": ("oracle", ".2%"),
-           "disagreement": ("disagree", ".2%"), "predictive_jsd": ("pred. JSd", ".4f"),
-           "member_mean": ("mean member", ".2%"), "member_best": ("best member", ".2%"),
-           "networks": ("networks", ""), "search_seconds": ("search, s", ".0f"),
-           "training_seconds": ("training, s", ".0f")}
-
-def table(rows, columns):
-    """Rows, dicts, as Markdown; columns: key -> (title, format). What a row lacks stays empty."""
-    lines = [[title for title, _ in columns.values()]]
-    lines += [[format(row[key], spec) if key in row else "" for key, (_, spec) in columns.items()]
-              for row in rows]
+def print_table(rows, columns):
+    """Some columns of rows, dicts, as Markdown."""
+    lines = [columns, *([f"{row[key]:.4f}" if isinstance(row[key], float) else str(row[key])
+                         for key in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+    say("\n" + "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines))
 
-def print_cells(name, arch):
-    """An architecture in words: its operations' counts, then each node as the sum of its inputs."""
-    counts = ", ".join(f"{count} {op}" for op, count in count_operations(arch).items())
-    say(f"\n{name}: {counts}")
-    for kind, entries in genotype(arch).items():
-        terms = [f"{op}({STATES[source]})" for op, source in entries]
-        for node in range(NODES):
-            say(f"  {kind:<9} node {node} = {' + '.join(terms[2 * node:2 * node + 2])}")
+def start_ranks(count, args):
+    """Run this program as `count` processes on this machine, until all end or one fails."""
+    # glibc would give freed blocks back, and fault each large tensor in again, page by page: a
+    # member's step took 1.16 to 1.20 times as long (two threads, two pairs of runs).
+    os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_MAX_": "0"}
+    logging.getLogger(mp.spawn.__module__).setLevel("ERROR")  # its warning that it ends the others
+    context = mp.get_context("spawn")
+    shared = context.Barrier(count), context.SimpleQueue()
+    try:
+        mp.spawn(run_rank, (*shared, count, args), count, daemon=True)
+    except RuntimeError:  # this is a rank, whose import of a script without the guard led here
+        sys.exit(1)
+    except mp.ProcessExitedException as error:
+        if error.exit_code == 2:
+            raise shared[1].get()
+        if error.exit_code < 0:
+            fail(f"{error}: repeat the command, with fewer --workers if memory is short")
+        fail('call nes.main under `if __name__ == "__main__":` in your file, or add --workers 1')
 
-def print_results(rows):
-    """The members and their ensemble, and the methods side by side; method -> ledger's rows."""
-    members = [mine | {"shot": shot["accuracy"]}
-               for mine, shot in zip(rows["ours"], rows["ours, one-shot"])]
-    say("\n" + table(members, {
-        "index": ("member", ""), "lambda": ("lambda", ".3f"), "entries": ("entries", ""),
-        "shot": ("one-shot", ".2%"), **{key: COLUMNS[key] for key in METRICS[:4]}}))
-    say("\n" + table([found[-1] for found in rows.values()], {"method": ("method", ""), **COLUMNS}))
+def run_rank(rank, wait_for_all, errors, count, args):
+    """A rank's whole life, which ends with its parent's, however that ended."""
+    global RANK, WORLD, barrier
+    RANK, WORLD, barrier = rank, count, wait_for_all.wait
+    # Linux sends SIGINT when the parent dies, which a run in the background has inherited ignored
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        if mp.parent_process().is_alive():  # else it died before Linux was asked for that
+            run(args)
+    except (NesError, BrokenPipeError) as error:
+        errors.put(error)  # the parent raises the first one
+        os._exit(2)
 
 def main(argv=None):
     """The program: parse the flags, run the method, return the results (what results.json holds).
-
-    An error ends the program with one sentence and exit status 2, Ctrl-C with 130.
-    """
+    An error ends the program with one sentence and exit status 2, Ctrl-C with 130."""
     try:
         args = parse(argv)
         set_up(args)
-        with contextlib.closing(lock(args.out)) if RANK == 0 else contextlib.nullcontext():
-            return run(args)
+        count = args.workers or torch.get_num_threads()
+        script = getattr(sys.modules["__main__"], "__file__", __file__)  # ranks import it
+        if args.device == "cpu" and WORLD == 1 and count > 1 and os.path.exists(script):
+            start_ranks(count, args)
+        else:
+            run(args)
+        return load(Path(args.out) / "results.json")
     except NesError as error:
-        print(f"nes.py: error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        print(f"nes.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\nnes.py: stopped; the same command goes on where it was", file=sys.stderr)
-        raise SystemExit(130) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        sys.exit(130)
+    except BrokenPipeError:  # the reader has seen enough: ... | head
+        sys.exit(141)
 
-# ---- 15. CPU kernels: what makes it fast there; skip at first reading ----------------------------
-
+# ---- 14. CPU kernels: what makes it fast there; skip at first reading ----------------------------
 class DepthwiseGradients(torch.autograd.Function):
     """A depthwise convolution (bias-free, padding "same") whose gradients are forward convolutions.
 
@@ -1474,8 +1207,7 @@ class DepthwiseGradients(torch.autograd.Function):
     def forward(ctx, x, w, stride, dilation):
         ctx.save_for_backward(x, w)
         ctx.stride, ctx.dilation = stride, dilation
-        padding = dilation * (w.shape[-1] // 2)
-        return F.conv2d(x, w, None, stride, padding, dilation, groups=w.shape[0])
+        return F.conv2d(x, w, None, stride, dilation * (w.shape[-1] // 2), dilation, groups=len(w))
 
     @staticmethod
     def backward(ctx, g):
@@ -1513,18 +1245,6 @@ def gradient_channels_last(x):
     if x.requires_grad:
         x.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
     return x
-
-def keep_freed_memory():
-    """Give back what is free now, and let glibc keep what will be freed from here on.
-
-    Else each large tensor is fresh memory, faulted in page by page. A member's step took 1.16
-    and 1.20 times as long without (two threads, two pairs of runs).
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.malloc_trim(0)
-        libc.mallopt(-4, 0)           # M_MMAP_MAX: no separate mapping for a large block
-        libc.mallopt(-1, 2**31 - 1)   # M_TRIM_THRESHOLD: keep what was freed
 
 if __name__ == "__main__":
     main()

@@ -14,30 +14,25 @@ main() {                   # the main command's recipe: main SEED BASELINES
   nes --dataset fmnist --samples 5 --one-shots 50 --seed $1 --baselines "${@:2}" \
     --out "$out/fmnist-$1"
 }
-for seed in 0 1 2 3 4; do main $seed single deep perturbed; done
+for seed in 0 1 2 3 4; do main $seed single deep perturbed random; done
 for seed in 0 1 2 3 4; do  # equal compute: one network, and shared weights, for longer
-  for epochs in 4 8 12; do
-    with_search_of "$out/fmnist-$seed" "$out/epochs-$epochs-$seed"
-    nes --samples 1 --baselines single --epochs $epochs --shared-epochs $epochs --seed $seed \
-      --out "$out/epochs-$epochs-$seed"
+  for epochs in 4 8 12 20; do
+    run=$out/epochs-$epochs-$seed shared=$((epochs < 20 ? epochs : 0))
+    with_search_of "$out/fmnist-$seed" "$run"
+    nes --samples 1 --baselines single --epochs $epochs --shared-epochs $shared --seed $seed \
+      --out "$run"
   done
-done
-for seed in 0 1 2 3 4; do  # and one network alone
-  with_search_of "$out/fmnist-$seed" "$out/epochs-20-$seed"
-  nes --samples 1 --baselines single --epochs 20 --shared-epochs 0 --seed $seed \
-    --out "$out/epochs-20-$seed"
 done
 dial() {                   # the dial after half and twice the steps, and with the paper's objective
   OMP_NUM_THREADS=1 python "$(dirname "$0")/ablation.py" --without default --seeds 0 1 2 3 4 \
-    --out "$out/dial-$1" --flags="$2"
+    --out "$out/dial-$1" "${@:2}"
 }
-dial twice --hyper-steps,2000 &
-dial half --hyper-steps,500
-dial paper --objective,paper,--lambda-max,4
+dial twice --hyper-steps 2000 &
+dial half --hyper-steps 500
+dial paper --objective paper --lambda-max 4
 wait
 for seed in 0 1 2; do      # another data set
   nes --dataset "$cifar" --samples 3 --epochs 6 --shared-epochs 6 --crop 4 --mirror --seed $seed \
     --baselines single deep perturbed --out "$out/cifar10-$seed"
 done
-for seed in 0 1 2 3 4; do main $seed single deep perturbed chosen random; done
-for seed in 0 1 2; do main $seed single deep perturbed chosen random nes-rs darts; done
+for seed in 0 1 2; do main $seed single deep perturbed random nes-rs darts; done
