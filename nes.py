@@ -336,7 +336,7 @@ def smooth(p, tau):
     says, would erase the architecture), and larger on edges that the base drops (with one tau,
     which to keep would be forgotten).
     """
-    tau = tau + 0.25 * (1 - discretise(p).sum(dim=-1, keepdim=True))                      # (2, E, 1)
+    tau = tau + 0.25 * (1 - discretise(p).sum(dim=-1, keepdim=True))            # (2, E, 1)
     return (1 - tau) * F.one_hot(p.argmax(dim=-1), p.shape[-1]) + tau / p.shape[-1]
 
 class HyperNetwork(nn.Module):
