@@ -446,7 +446,7 @@ def train(name, net, epochs, key, data, args, arch_at=lambda step: None, result=
     steps = max(1, epochs * len(data.splits["both"][1]) // args.batch)
     net.train()
     for step, losses in resumable(name, steps, {"net": net, "optimizer": adam}, data, args, result):
-        rise, fall = step / steps / 0.2 + 0.01, (1 - step / steps) / (1 - 0.2)
+        rise, fall = step / steps / 0.2 + 0.01, (1 - step / steps) / (1 - 0.2)  # 0.01: not at 0
         adam.param_groups[0]["lr"] = args.lr * min(rise, fall)
         x, y = data.batch("both", args.batch, step, key)
         losses["train"] = F.cross_entropy(net(x, arch_at(step)), y)
@@ -588,6 +588,9 @@ def perturb(base, member, *key):
         if alike.any():
             return archs[alike.nonzero()[0, 0]]
 
+def random_architectures(count, args):
+    return [random_architecture(args.seed, "random", i) for i in range(count)]
+
 def darts_searches(base, ours, data, args):
     """As many DARTS searches as members, independent of each other; the base is the first."""
     names = ["base", *(f"base-{i}" for i in range(1, args.samples))]
@@ -596,17 +599,14 @@ def darts_searches(base, ours, data, args):
     return names, [discretise(alpha.softmax(dim=-1)) for alpha in alphas]
 
 # What stands beside ours: name -> a function that gives the names of its searches and its
-# architectures, of which `forward_selection` chooses if they are more than --samples. base: an
-# architecture; ours: the sampled ones. A new baseline is a line here.
+# architectures. Of more than --samples `forward_selection` chooses. A new baseline is a line here.
 BASELINES = {
     "single": lambda base, ours, data, args: (["base"], [base]),
     "deep": lambda base, ours, data, args: (["base"], [base] * args.samples),
-    "random": lambda base, ours, data, args: ([], [
-        random_architecture(args.seed, "random", i) for i in range(args.samples)]),
+    "random": lambda base, ours, data, args: ([], random_architectures(args.samples, args)),
     "perturbed": lambda base, ours, data, args: (["base"], [
         perturb(base, arch, args.seed, "perturbed", i) for i, arch in enumerate(ours)]),
-    "nes-rs": lambda base, ours, data, args: ([], [
-        random_architecture(args.seed, "random", i) for i in range(2 * args.samples)]),
+    "nes-rs": lambda base, ours, data, args: ([], random_architectures(2 * args.samples, args)),
     "darts": darts_searches}
 
 # ---- 9. Data: one uint8 tensor, four named splits ------------------------------------------------
@@ -835,7 +835,7 @@ def rng(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 def save(path, state):
-    """Write a checkpoint (.pt) or bytes; a kill leaves the old file or the new one, no half."""
+    """Write a checkpoint (.pt) or bytes to a Path; a kill leaves the old file or the new one."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
