@@ -11,7 +11,7 @@ Results are in the run's folder, --out. The same command goes on where it was st
   1  DARTS finds a base architecture:  min_alpha L_val(w*, alpha), w* = argmin_w L_train(w, alpha)
   2  a hypernetwork learns a dial, lambda -> alpha(lambda), from the base at 0 to one that has
      next to nothing of it at 1:       min_a E_lambda [L_val(w*, arch) + c (share(arch) - lambda)^2]
-     arch: a finished architecture drawn from alpha(lambda), which the table a makes; share(arch):
+     arch: the finished architecture read off alpha(lambda), which the table a makes; share(arch):
      the share of the base's 16 entries that it lacks, its Jensen-Shannon divergence / ln 2
   3  reading alpha(lambda_1), ..., alpha(lambda_M) gives M architectures in one shot
   4  their ensemble is the answer:     p(y | x) = mean_m p_m(y | x)
@@ -318,6 +318,8 @@ def diversity_loss(arch, p, base, lam, strength=30.0):
     share = 1 - sum(base * arch) / sum(base) = divergence(arch, base) / ln 2, straight through: its
     gradient in p is a constant at every entry of the base (JSd's own is infinite there).
     arch = discretise(p); p (..., 2, E, O); base (2, E, O), 0/1; lam (...). Returns (...).
+    Departure from the paper, whose term is below. Its authors' later code (intsystems/
+    2023-Project-120) has a square, too: of lambda less the number of common edges, relaxed.
     """
     kept = (base * straight_through(arch, p)).flatten(-base.dim()).sum(dim=-1)
     return strength * (1 - kept / base.sum() - lam) ** 2
@@ -371,7 +373,7 @@ def draw_lambdas(count, lambda_max, generator):
     u = torch.rand(count, generator=generator)
     return lambda_max * ((1 + 2 * OVERSHOOT) * u - OVERSHOOT).clamp(0, 1)
 
-def draw_probabilities(logits, noise, generator):
+def noisy_softmax(logits, noise, generator):
     """softmax(logits + noise * Gumbel): with noise 1 its argmax is a draw from softmax(logits)."""
     gumbel = -torch.empty(logits.shape).exponential_(generator=generator).log()
     return (logits + noise * gumbel).softmax(dim=-1)
@@ -392,7 +394,7 @@ def train_hypernetwork(net, base_p, data, args):
         generator = rng(args.seed, "hyper", step)
         lams = draw_lambdas(DRAWS, args.lambda_max, generator)
         logits = hyper(lams)                                                     # (DRAWS, 2, E, O)
-        p = draw_probabilities(logits, args.noise * (1 - step / args.hyper_steps), generator)
+        p = noisy_softmax(logits, args.noise * (1 - step / args.hyper_steps), generator)
         archs = discretise(p)
         penalty = (paper_diversity_loss(logits.softmax(dim=-1), smooth(base_p, TAU), lams) if paper
                    else diversity_loss(archs, p, base, lams, args.strength))

@@ -324,9 +324,9 @@ def test_sampled_lambdas_are_spread_for_any_count_and_training_has_both_ends_and
     assert lams.min() == 0 and lams.max() == 2 and lams.mean().item() == pytest.approx(1, abs=0.05)
     assert (lams == 0).double().mean().item() == pytest.approx(1 / 12, abs=0.02)  # the overshoot
     logits, noise = torch.tensor([2.0, 1.0, 0.0]).repeat(20000, 1), nes.rng("noise")
-    drawn = nes.draw_probabilities(logits, 1.0, noise).argmax(-1).bincount() / 20000
+    drawn = nes.noisy_softmax(logits, 1.0, noise).argmax(-1).bincount() / 20000
     assert torch.allclose(drawn, logits[0].softmax(-1), atol=0.02)  # the Gumbel trick
-    assert torch.allclose(nes.draw_probabilities(logits, 0.0, noise), logits.softmax(-1))
+    assert torch.allclose(nes.noisy_softmax(logits, 0.0, noise), logits.softmax(-1))
 
 def test_the_validation_loss_reaches_the_hypernetwork_and_diversity_all_its_pivots(tmp_path):
     dense = tiny_net(0)  # next: each entry of arch has a gradient there, if arch lets it

@@ -1,24 +1,27 @@
-"""What evidence.sh ran, made small: CSV files in ledger/ and one picture, from its run folders.
+"""What evidence.sh ran, made small: CSV files in ledger/ and two pictures, from its run folders.
 
     python .github/evidence.py DIR CIFAR    from the run folders; what is not finished is left out
     python .github/evidence.py              the tables of results.md, from the saved CSV files alone
 
 DIR, CIFAR: as for evidence.sh. Writes beside itself:
-    ledger/fmnist-S.csv, epochs-E-S.csv, cifar10-S.csv   the ledgers of the runs, S their seed
-    ledger/dial.csv          matched entries against lambda, of each search
-    ledger/compute.csv       scores against epochs of training spent, and compute.png, its picture
-    ledger/uncertainty.csv   does the entropy of the prediction tell what is wrong, or foreign?
-    ledger/architectures.csv each trained architecture: accuracy trained, and in one shot
-Those saved now were made by nes.py of commit c8dafae or earlier, with other columns, and with a
-method more, "chosen". Both kinds are read.
+    ledger/fmnist-S.csv, epochs-E-S.csv, ...   the ledgers of the runs, S their seed
+    ledger/scores.csv       each ensemble: epochs, size, scores; compute.png is its picture
+    ledger/elsewhere.csv    the main ensembles on shifted and on foreign images
+    ledger/pairs.csv        entries that two networks share, and how often they disagree; pairs.png
+    ledger/control.csv      the dial with L_val, without it, and changes at random
+    ledger/dial.csv         matched entries against lambda, of each search
+    ledger/ablation.csv     the same with an ingredient left out, and accuracy in one shot
 """
 import argparse
+import itertools
 import statistics
 import sys
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.v2 import functional as image_functions
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -40,114 +43,126 @@ def files_of(rows, method):
     """The files of the networks in a method's ensemble, in the ledger's order."""
     return [row["file"] for row in rows if row["method"] == method and row["chosen"] == "1"]
 
-def search_seconds(rows, method):
-    """Of the searches that a method needs: what its ensemble took, and its networks did not."""
-    *networks, ensemble = (row for row in rows if row["method"] == method)
-    return float(ensemble.get("search_seconds") or
-                 float(ensemble["seconds"]) - sum(float(row["seconds"]) for row in networks))
+def probabilities(folder, files, split="test"):
+    """What networks predict, (M, N, Y)."""
+    return torch.stack([nes.load(folder / file)[split] for file in files])
 
-# ---- The dial ------------------------------------------------------------------------------------
+def lines_of(rows, *keys):
+    """A line's title -> seed -> row, for `report.score_table`; the title: the values of `keys`."""
+    return {", ".join(values): {row["seed"]: row for row in found}
+            for values, found in by(rows, *keys).items()}
 
-TENTHS = [f"{t / 10:.1f}" for t in range(11)]
+# ---- Scores: what to choose with a budget of epochs ----------------------------------------------
 
-def dial_row(args, response):
-    """A `nes.lambda_response` as a row."""
-    return {"dataset": Path(args.dataset).name, "seed": args.seed,
-            "calibration_error": response["calibration_error"], "spearman": response["spearman"],
-            **{t: point["matched_entries"] for t, point in zip(TENTHS, response["points"])}}
+# kind of run -> the ensembles that it is here for: title, method, networks. 20: of the first ones
+RUNS = {
+    "fmnist": [("one network", "single", 1), ("one shot of 20", "one-shot of 50", 20),
+               ("two deep", "deep", 2), ("two of ours", "ours", 2), ("five deep", "deep", 5),
+               ("five of ours", "ours", 5), ("five perturbed", "perturbed", 5),
+               ("five random", "random", 5)],
+    "epochs-12": [("one network", "single", 1), ("one shot of 20", "one-shot of 20", 20)],
+    "epochs-20": [("one network", "single", 1), ("one shot of 20", "one-shot of 20", 20)],
+    "wide": [("one wide network", "single", 1)]}
 
-def dial_table(rows):
-    """A line for each kind of run: mean entries over its seeds, calibration error of each."""
-    lines = [["run", "seeds", *TENTHS, "calibration error", "mean", "Spearman, worst"]]
-    for (run,), seeds in by(rows, "run").items():
-        errors = [float(row["calibration_error"]) for row in seeds]
-        lines.append([run, str(len(seeds)), *(f"{mean(seeds, t):.1f}" for t in TENTHS),
-                      ", ".join(f"{error:.3f}" for error in errors), mean_std(errors, 3),
-                      f"{max(float(row['spearman']) for row in seeds):.3f}"])
-    return markdown(lines)
+def temperature(probs, labels):
+    """The T whose p^(1/T), normalised, has the lowest NLL; p: the ensemble's mean, (M, N, Y).
+    (Guo et al. 2017, "On calibration of modern neural networks", one number fitted on held-out
+    images.)"""
+    log_p, grid = probs.double().mean(dim=0).clamp_min(1e-12).log(), torch.linspace(0.5, 3, 251)
+    losses = [torch.nn.functional.cross_entropy(log_p / T, labels) for T in grid]
+    return grid[torch.stack(losses).argmin()].item()
 
-# ---- Equal compute: what to choose with a budget of epochs ---------------------------------------
+def tempered_nll(probs, labels, T):
+    log_p = probs.double().mean(dim=0).clamp_min(1e-12).log()
+    return torch.nn.functional.cross_entropy(log_p / T, labels).item()
 
-CORES = 2  # of the machine: the search used both of them, a network one
+def size(path):
+    """Parameters, and multiplications for an image, of a network's file."""
+    net, data = nes.load_member(path)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(torch.zeros(1, *data.shape))
+    return sum(p.numel() for p in net.parameters()), counter.get_total_flops() / 2
 
-def compute_rows(folder, rows, labels, args, epoch_seconds):
-    """Scores of the ensembles that a run's networks make, with the epochs of training they cost.
-
-    search_epochs: the seconds of the search that the method needs, in epochs of a member.
-    """
-    choices = [("one network", "single", 1, args.epochs),
-               ("ours, one shot of 20", f"one-shot of {args.one_shots}", 20, args.shared_epochs)]
-    choices += [(title, method, count, count * args.epochs) for count in (2, 3, 5)
-                for title, method in (("deep ensemble", "deep"), ("ours", "ours"))]
-    found = []
-    for title, method, count, spent in choices:
+def score_rows(folder, kind, rows, data, args):
+    """A row of scores.csv for each ensemble of a run folder that RUNS names."""
+    found, labels = [], {split: data.splits[split][1] for split in ("selection", "test")}
+    seconds = {row["file"]: float(row["seconds"]) for row in rows if row["file"]}
+    for title, method, count in RUNS[kind]:
         files = files_of(rows, method)[:count]
-        if len(files) == count and spent > 0:
-            search = CORES * search_seconds(rows, "ours" if "ours" in title else "single")
-            probs = torch.stack([nes.load(folder / file)["test"] for file in files])
-            found.append({"seed": rows[0]["seed"], "method": title, "networks": count,
-                          "epochs": spent, "search_epochs": round(search / epoch_seconds, 2),
-                          **nes.ensemble_metrics(probs, labels)})
+        if len(files) < count:
+            continue
+        shot, probs = "one-shot" in method, probabilities(folder, files)
+        T = temperature(probabilities(folder, files, "selection"), labels["selection"])
+        sizes = [size(folder / file) for file in dict.fromkeys(files)]
+        searches = ["base"] + ["hyper"] * (shot or method == "ours") + ["shared"] * shot
+        searched = sum(nes.load(folder / f"{name}.pt")["seconds"] for name in searches)
+        found.append({
+            "seed": str(args.seed), "method": title,
+            "epochs": str(args.shared_epochs if shot else count * args.epochs),
+            "seconds": searched + sum(seconds[file] for file in dict.fromkeys(files)),
+            "parameters": sum(net for net, _ in sizes), "multiplications": sum(m for _, m in sizes),
+            "temperature": T, "nll_tempered": tempered_nll(probs, labels["test"], T),
+            **nes.ensemble_metrics(probs, labels["test"])})
     return found
 
-def compute_points(rows):
-    """(method, epochs) -> seed -> row, in order; only seeds that have all points, so that no point
-    has luckier seeds than another."""
-    points = {(method, int(spent)): {row["seed"]: row for row in here}
-              for (method, spent), here in by(rows, "method", "epochs").items()}
-    methods, complete = [*by(rows, "method")], set.intersection(*map(set, points.values()))
-    return {point: {seed: row for seed, row in points[point].items() if seed in complete}
-            for point in sorted(points, key=lambda point: (methods.index(point[:1]), point[1]))}
+# column -> (title, scale, digits)
+SCORES = {"accuracy": ("accuracy, %", 100, 2), "nll": ("NLL", 1, 4),
+          "nll_tempered": ("NLL, one temperature fitted", 1, 4), "ece": ("ECE", 1, 4),
+          "seconds": ("minutes", 1 / 60, 0)}
+SIZES = {"parameters": ("parameters, thousands", 1e-3, 0),
+         "multiplications": ("multiplications an image, millions", 1e-6, 1),
+         "temperature": ("temperature", 1, 2), "member_mean": ("mean member, %", 100, 2),
+         "disagreement": ("disagree, %", 100, 2)}
 
-def compute_table(rows):
-    lines = [["method", "networks", "epochs, all networks", "with the search", "accuracy, %", "NLL",
-              "seeds"]]
-    for (method, spent), seeds in compute_points(rows).items():
-        networks, search, accuracy, nll = (mean(seeds.values(), key) for key in (
-            "networks", "search_epochs", "accuracy", "nll"))
-        lines.append([method, f"{networks:.0f}", str(spent), f"{spent + search:.1f}",
-                      f"{100 * accuracy:.2f}", f"{nll:.4f}", str(len(seeds))])
+def compared_table(points, pairs, columns):
+    """Differences of pairs of lines, paired by the seeds that have both."""
+    columns = report.known(points, {key: columns[key] for key in columns if key != "seconds"})
+    titles = [title.replace("%", "points") for title, _, _ in columns.values()]
+    lines = [["difference", "seeds", *titles]]
+    for one, other in pairs:
+        if one in points and other in points:
+            seeds = {seed: row for seed, row in points[one].items() if seed in points[other]}
+            lines.append([f"{one} - {other}", str(len(seeds)), *(
+                paired(seeds, points[other], key, scale, places)
+                for key, (_, scale, places) in columns.items())])
     return markdown(lines)
 
-COMPARED = {"ours": (10, 15, 25), "deep ensemble": (10, 15, 25), "ours, one shot of 20": (8, 12)}
-LONGER = [("one network", epochs) for epochs in (8, 12, 20)]  # than the default 5
+DEEP, OURS = "five deep, 25", "five of ours, 25"  # epochs
+QUESTIONS = [(OURS, DEEP), (OURS, "five perturbed, 25"), (OURS, "five random, 25"),
+             (DEEP, "one network, 20"), (OURS, "one network, 20"), (OURS, "one wide network, 6"),
+             *((f"one shot of 20, {epochs}", f"one network, {epochs}") for epochs in (5, 12, 20)),
+             ("one shot of 20, 20", "two deep, 10")]
 
-def compared_table(rows):
-    """Each point minus the deep ensemble of as many epochs, and minus one network for longer:
-    accuracy, then NLL, paired by seed."""
-    points, tables = compute_points(rows), []
-    for title, *column in (("accuracy, points", "accuracy", 100, 2), ("NLL", "nll", 1, 4)):
-        lines = [[title, "minus deep ensemble, as many epochs",
-                  *(f"minus {method}, {epochs} epochs" for method, epochs in LONGER)]]
-        lines += [[f"{method}, {spent} epochs", *(
-            paired(points[method, spent], points[other], *column)
-            if other in points and other != (method, spent) else ""
-            for other in (("deep ensemble", spent), *LONGER))]
-            for method in COMPARED for spent in COMPARED[method] if (method, spent) in points]
-        tables.append(markdown(lines))
-    return "\n\n".join(tables)
-
-def plot_compute(rows, path):
-    """Accuracy and NLL against epochs."""
+def plot_compute(points, path):
+    """Accuracy and NLL against epochs of training."""
     figure = Figure((10, 4), layout="constrained")
-    points = [(method, spent, seeds.values())
-              for (method, spent), seeds in compute_points(rows).items()]
-    for axis, key, scale, title in zip(figure.subplots(1, 2), ("accuracy", "nll"), (100, 1),
+    lines = ("one network", "one wide network", "one shot of 20", "deep", "of ours")
+    for axis, key, scale, label in zip(figure.subplots(1, 2), ("accuracy", "nll"), (100, 1),
                                        ("test accuracy, %", "NLL, nats")):
-        for method in dict.fromkeys(method for method, _, _ in points):
-            axis.plot(*zip(*((spent + mean(here, "search_epochs"), scale * mean(here, key))
-                             for one, spent, here in points if one == method)), "o-", label=method)
-        axis.set(xlabel="epochs of training, the search counted in them", ylabel=title)
+        for title in lines:
+            found = [seeds.values() for point, seeds in points.items() if f"{title}," in point]
+            axis.plot([mean(seeds, "epochs") for seeds in found],
+                      [scale * mean(seeds, key) for seeds in found], "o-", label=title)
+        axis.set(xlabel="epochs of training, without the search", ylabel=label)
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
-# ---- What is an ensemble for? --------------------------------------------------------------------
+# ---- Elsewhere: shifted and foreign images -------------------------------------------------------
 
-# column -> (title, scale, digits)
-UNCERTAINTY = {"auroc": ("AUROC", 1, 3), "auroc_of_one": ("of its members alone, mean", 1, 3),
-               "errors_least_certain": ("errors among the 10 % least certain, %", 100, 1),
-               "errors_caught": ("their part of all errors, %", 100, 1),
-               "errors_rest": ("errors among the other 90 %, %", 100, 2)}
+def shifted(images):
+    """kind -> the images (N, C, H, W) uint8 at three strengths; noise is seeded."""
+    noise = torch.randn(images.shape, generator=nes.rng("noise"))
+    changes = {
+        "noise": (lambda s: (images + 255 * s * noise).clamp(0, 255).to(torch.uint8), .1, .2, .3),
+        "blur": (lambda s: image_functions.gaussian_blur(images, [7, 7], [s, s]), .8, 1.2, 1.6),
+        "contrast": (lambda s: image_functions.adjust_contrast(images, s), .6, .4, .2),
+        "rotation": (lambda s: image_functions.rotate(images, s), 10.0, 20.0, 30.0)}
+    return {kind: [change(s) for s in strengths] for kind, (change, *strengths) in changes.items()}
+
+ELSEWHERE = {
+    "noise": ("noise, %", 100, 1), "blur": ("blur, %", 100, 1),
+    "contrast": ("less contrast, %", 100, 1), "rotation": ("rotation, %", 100, 1),
+    "shifted_nll": ("NLL, shifted", 1, 3), "auroc": ("AUROC, foreign images", 1, 3)}
 
 def auroc(inside, outside):
     """The probability that a value of `outside` is larger than one of `inside`; ties count half."""
@@ -167,32 +182,31 @@ def errors_by_certainty(probs, labels, share=0.1):
     unsure, rest = wrong.tensor_split([int(share * len(labels))])
     return [value.item() for value in (unsure.mean(), unsure.sum() / wrong.sum(), rest.mean())]
 
-def uncertainty_rows(folder, rows, labels, foreign):
-    """A row a method; foreign: images (N, C, H, W) of another data set. Predictions are kept."""
-    predicted, found = nes.load(folder / "foreign.pt") or {}, []
-    for file in {row["file"] for row in rows if row["file"]} - set(predicted):
-        net, data = nes.load_member(folder / file)
-        predicted[file] = nes.predict(net, foreign, data)
-    nes.save(folder / "foreign.pt", predicted)
-    for (method,) in by(rows, "method"):
-        files = files_of(rows, method)
-        own = torch.stack([nes.load(folder / file)["test"] for file in files])
-        other = torch.stack([predicted[file] for file in files])
-        alone = [auroc(entropy(a[None]), entropy(b[None])) for a, b in zip(own, other)]
-        values = (auroc(entropy(own), entropy(other)), statistics.mean(alone),
-                  *errors_by_certainty(own, labels))
-        found.append({"seed": rows[0]["seed"], "method": method, "networks": len(files),
-                      **dict(zip(UNCERTAINTY, values))})
+def elsewhere_rows(folder, rows, data, foreign):
+    """A row of elsewhere.csv for each main ensemble. Of the test images every fourth is shifted.
+    foreign: images (N, C, H, W) of another data set. Predictions are kept in the folder."""
+    kept, found = nes.load(folder / "elsewhere.pt") or {}, []
+    images, labels = (part[::4] for part in data.splits["test"])
+    sets = {"foreign": [foreign], **shifted(images)}
+    ensembles = {title: files for title, method, count in RUNS["fmnist"]
+                 if count != 2 and (files := files_of(rows, method)[:count])}
+    for file in {file for files in ensembles.values() for file in files} - set(kept):
+        net, like = nes.load_member(folder / file)
+        kept[file] = {kind: torch.stack([nes.predict(net, x, like).half() for x in some])
+                      for kind, some in sets.items()}
+        nes.save(folder / "elsewhere.pt", kept)
+    for title, files in ensembles.items():
+        own, at = probabilities(folder, files), lambda kind: torch.stack(
+            [kept[file][kind].float() for file in files])                    # (M, strengths, N, Y)
+        scores = {kind: [nes.ensemble_metrics(at(kind)[:, s], labels) for s in range(3)]
+                  for kind in sets if kind != "foreign"}
+        _, caught, rest = errors_by_certainty(own, data.splits["test"][1])
+        found.append({"seed": rows[0]["seed"], "method": title,
+                      "auroc": auroc(entropy(own), entropy(at("foreign")[:, 0])),
+                      "errors_caught": caught, "errors_rest": rest,
+                      **{kind: mean(three, "accuracy") for kind, three in scores.items()},
+                      "shifted_nll": mean(itertools.chain(*scores.values()), "nll")})
     return found
-
-def uncertainty_table(rows):
-    """A line a method, over its seeds; then differences, paired by seed."""
-    methods = {method: {row["seed"]: row for row in found}
-               for (method,), found in by(rows, "method").items()}
-    compared = {key: UNCERTAINTY[key] for key in ("auroc", "errors_caught", "errors_rest")}
-    return "\n\n".join([score_table(methods, UNCERTAINTY, count_seeds=True), *(
-        score_table(methods, compared, other, count_seeds=True)
-        for other in ("single", "deep", "perturbed") if other in methods)])
 
 def foreign_images(root, shape, count=5000):
     """Images of a folder of classes, every n-th one, resized; grey where the networks want grey."""
@@ -200,69 +214,88 @@ def foreign_images(root, shape, count=5000):
     paths = paths[::max(1, len(paths) // count)]
     return torch.stack([nes.read_image(path, shape) for path in paths])
 
-# ---- Questions, a number a seed ------------------------------------------------------------------
+# ---- Does lambda mean anything in function? ------------------------------------------------------
 
-PAIRS = [("ours", "perturbed"), ("ours", "random"), ("ours", "deep"), ("chosen", "ours"),
-         ("ours, one-shot", "ours"), ("one-shot of 50", "single"), ("ours", "darts"),
-         ("ours", "nes-rs")]
-SLOPES = [("trained accuracy", "ours", "accuracy"),
-          ("one-shot accuracy", "one-shot of 50", "accuracy"),
-          ("one-shot accuracy on selection", "one-shot of 50", "selection_accuracy")]
-
-def rank_correlation(x, y):
-    """Spearman's; equal values share their rank."""
-    x, y = (torch.as_tensor(v, dtype=torch.double) for v in (x, y))
-    ranks = lambda v: (v[:, None] > v).double().sum(1) + (v[:, None] == v).double().sum(1) / 2
-    return torch.corrcoef(torch.stack([ranks(x), ranks(y)]))[0, 1].item()
-
-def architecture_rows(folder, rows, data, args):
-    """A row for each trained architecture: its accuracy trained, on test (of several networks the
-    mean), and in one shot, on selection; the methods that have it."""
-    found, trained = [], [row for row in rows if row["file"].startswith("members")]
-    for here in by(trained, "genotype").values():
-        networks = {row["file"]: row for row in here}.values()
-        arch = nes.load(folder / here[0]["file"])["network"]["arch"]
-        name = f"one_shot/{nes.fingerprint(arch)}"
-        if not nes.file_of(name, args).exists():
-            hyper = nes.load_hypernetwork(folder)
-            nes.make_one_shots([name], [arch], None, hyper, data, args)
-        probs, labels = nes.load_network(name, args)["selection"], data.splits["selection"][1]
-        found.append({"seed": rows[0]["seed"], "architecture": nes.fingerprint(arch),
-                      "methods": " ".join(dict.fromkeys(row["method"] for row in here)),
-                      "networks": len(networks), "trained_test": mean(networks, "accuracy"),
-                      "one_shot_selection": nes.ensemble_metrics(probs[None], labels)["accuracy"]})
+def pair_rows(folder, rows, labels):
+    """Of all pairs of different networks that share as many entries: how often they disagree."""
+    found = []
+    for kind, methods in (("trained", ("ours", "deep", "perturbed", "random")),
+                          ("one shot", ("one-shot of 50",))):
+        files = sorted({file for method in methods for file in files_of(rows, method)})
+        states = [nes.load(folder / file) for file in files]
+        pairs = [{"entries": int(nes.matched_entries(a["network"]["arch"], b["network"]["arch"])),
+                  "disagreement": nes.ensemble_metrics(torch.stack([a["test"], b["test"]]),
+                                                       labels)["disagreement"]}
+                 for a, b in itertools.combinations(states, 2)]
+        found += [{"seed": rows[0]["seed"], "method": kind, "entries": entries, "pairs": len(same),
+                   "disagreement": mean(same, "disagreement")}
+                  for (entries,), same in sorted(by(pairs, "entries").items())]
     return found
 
-def questions(rows, found):
-    """question -> its number, of one seed; rows: of its ledger; found: of `architecture_rows`.
+def pair_table(rows):
+    """The slope of a line through all pairs, a seed each: points of disagreement an entry."""
+    lines = [["pairs of networks", "seeds", "disagreement for each shared entry, points"]]
+    for (kind,), found in by(rows, "method").items():
+        slopes = []
+        for same in by(found, "seed").values():
+            x, y = ([float(row[key]) for row in same for _ in range(int(row["pairs"]))]
+                    for key in ("entries", "disagreement"))
+            slopes.append(100 * statistics.linear_regression(x, y).slope)
+        lines.append([kind, str(len(slopes)), mean_interval(slopes, 3)])
+    return markdown(lines)
 
-    What asks for methods or columns that the ledger lacks is left out.
-    """
-    accuracy = {row["method"]: float(row["accuracy"]) for row in rows if row["index"] == "ensemble"}
-    numbers = {f"{a} minus {b}, points": 100 * (accuracy[a] - accuracy[b])
-               for a, b in PAIRS if a in accuracy and b in accuracy}
-    ours = [row for row in found if "ours" in row["methods"].split()]
-    for title, some in (("ours", ours), ("all trained", found)):
-        numbers[f"one-shot (selection) and trained (test) accuracy, rank correlation, {title}"] = (
-            rank_correlation([float(row["one_shot_selection"]) for row in some],
-                             [float(row["trained_test"]) for row in some]))
-    for title, method, key in SLOPES:
-        points = [(float(row["lambda"]), float(row[key])) for row in rows
-                  if row["method"] == method and row["lambda"] and row.get(key)]
-        if points:
-            numbers[f"{title}, slope from lambda = 0 to 1, points"] = (
-                100 * statistics.linear_regression(*zip(*points)).slope)
-    ours, base = (search_seconds(rows, method) for method in ("ours", "single"))
-    return numbers | {"search of ours, in base searches": ours / base}
+def plot_pairs(rows, path):
+    figure = Figure((6, 4), layout="constrained")
+    axis = figure.subplots()
+    for (kind,), found in by(rows, "method").items():
+        points = sorted((int(entries), 100 * mean(same, "disagreement"))
+                        for (entries,), same in by(found, "entries").items())
+        axis.plot(*zip(*points), "o-", label=f"{kind}, mean of the seeds")
+    axis.set(xlabel="entries of 16 that two networks share", ylabel="test images on which they "
+             "disagree, %", title="Architectures alike, predictions alike?", ylim=(0, None))
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
 
-def question_table(ledgers, architectures):
-    """The mean over seeds; architectures: the rows of `architecture_rows`."""
-    found = by(architectures, "seed")
-    numbers = [questions(rows, found[rows[0]["seed"],]) for rows in ledgers]
-    lines = [["", "seeds", "mean and 95 % interval"]]
-    for question in dict.fromkeys(question for seed in numbers for question in seed):
-        values = [seed[question] for seed in numbers if question in seed]
-        lines.append([question, str(len(values)), mean_interval(values, 2)])
+# ---- What does L_val give? -----------------------------------------------------------------------
+
+CONTROL = {"calibration_error": ("calibration error", 1, 3),
+           "shot_mean": ("in one shot: member, %", 100, 2), "shot_nll": ("NLL of 20", 1, 4),
+           "trained_mean": ("trained: member, %", 100, 2), "trained_nll": ("NLL of 5", 1, 4)}
+CONTROLS = {"fmnist": "with L_val", "blind": "without L_val", "perturbed": "changed at random"}
+
+def control_row(folder, kind, rows, results, data):
+    """A row of control.csv: five trained networks, twenty in one shot; selection split."""
+    labels, (trained, shots) = data.splits["selection"][1], (
+        probabilities(folder, files_of(rows, method)[:count], "selection") for method, count in (
+            ("ours", 5), ("one-shot of 50" if kind == "fmnist" else "one-shot of 20", 20)))
+    alone = lambda probs: statistics.mean(
+        nes.ensemble_metrics(one[None], labels)["accuracy"] for one in probs)
+    return {"seed": rows[0]["seed"], "method": CONTROLS[kind],
+            "calibration_error": results["lambda_response"]["calibration_error"],
+            "shot_mean": alone(shots), "shot_nll": nes.ensemble_metrics(shots, labels)["nll"],
+            "trained_mean": alone(trained),
+            "trained_nll": nes.ensemble_metrics(trained, labels)["nll"]}
+
+# ---- The dial, and its ingredients ---------------------------------------------------------------
+
+TENTHS = [f"{t / 10:.1f}" for t in range(11)]
+
+def dial_row(args, response):
+    """A `nes.lambda_response` as a row."""
+    return {"dataset": Path(args.dataset).name, "seed": args.seed,
+            "calibration_error": response["calibration_error"], "spearman": response["spearman"],
+            **{t: point["matched_entries"] for t, point in zip(TENTHS, response["points"])}}
+
+ABLATION = {"calibration_error": ("calibration error", 1, 3), "spearman": ("Spearman", 1, 3),
+            "one_shot_selection": ("one shot, selection split, %", 100, 1)}
+
+def dial_table(rows):
+    """A line for each kind of run: entries at five lambdas, calibration error; means of seeds."""
+    lines = [["run", "seeds", "0.0", "0.3", "0.7", "1.0", "calibration error"]]
+    for (run,), seeds in by(rows, "run").items():
+        errors = [float(row["calibration_error"]) for row in seeds]
+        lines.append([run, str(len(seeds)), *(f"{mean(seeds, t):.1f}" for t in lines[0][2:6]),
+                      mean_std(errors, 3)])
     return markdown(lines)
 
 def lambda_table(ledgers):
@@ -277,29 +310,39 @@ def lambda_table(ledgers):
 
 # ---- All of it -----------------------------------------------------------------------------------
 
-SAVED, FILES = HERE / "ledger", ("dial", "compute", "uncertainty", "architectures")
+SAVED, SEARCHES = HERE / "ledger", ("deep", "ours", "random", "nes-rs", "darts")
+FILES = ("scores", "elsewhere", "pairs", "control", "dial", "ablation")
 
 def tables():
-    """title -> Markdown, of the saved CSV files; results.md holds each of them."""
+    """title -> Markdown, of the saved CSV files that are there; results.md holds each of them."""
     fmnist, cifar = (sorted(SAVED.glob(f"{name}-?.csv")) for name in ("fmnist", "cifar10"))
-    ledgers = [read(path) for path in fmnist]
-    some = [path for path, rows in zip(fmnist, ledgers) if ("darts",) in by(rows, "method")]
-    dial, compute, uncertainty, architectures = (read(SAVED / f"{name}.csv") for name in FILES)
-    found = {"all seeds": report.report(fmnist), "accuracy against lambda": lambda_table(ledgers)}
-    if some:
-        found["the seeds with all baselines"] = report.report(some)
-    return found | {
-        "CIFAR-10": report.report(cifar), "dial": dial_table(dial),
-        "compute": compute_table(compute), "compute, paired": compared_table(compute),
-        "uncertainty": uncertainty_table(uncertainty),
-        "questions": question_table(ledgers, architectures)}
+    some = [path for path in fmnist if ("darts",) in by(read(path), "method")]
+    saved = {name: read(SAVED / f"{name}.csv") for name in FILES}
+    scores, elsewhere, pairs, control, dial, ablation = saved.values()
+    points, there = lines_of(scores, "method", "epochs"), lines_of(elsewhere, "method")
+    controls, without = lines_of(control, "method"), lines_of(ablation, "without")
+    found = {
+        "scores": scores and score_table(points, SCORES, count_seeds=True),
+        "sizes": scores and score_table(points, SIZES),
+        "scores, compared": scores and compared_table(points, QUESTIONS, SCORES),
+        "other searches": some and report.report(some, SEARCHES),
+        "elsewhere": there and score_table(there, ELSEWHERE),
+        "elsewhere, compared": there and score_table(there, ELSEWHERE, "five deep"),
+        "pairs": pairs and pair_table(pairs),
+        "control": controls and score_table(controls, CONTROL),
+        "control, compared": controls and score_table(controls, CONTROL, "with L_val"),
+        "dial": dial and dial_table(dial),
+        "ingredients": without and score_table(without, ABLATION),
+        "accuracy against lambda": lambda_table([read(path) for path in fmnist]),
+        "CIFAR-10": cifar and report.report(cifar)}
+    return {title: text for title, text in found.items() if text}
 
 def collect(out, cifar):
-    """Write the CSV files and the picture from the run folders that are finished."""
+    """Write the CSV files and the pictures from the run folders that are finished."""
     files, foreign = {name: [] for name in FILES}, None
-    dial, compute, uncertainty, architectures = files.values()
-    for folder in sorted(Path(out).glob("*-*")):
-        dial += [{"run": folder.name} | row for row in read(folder / "ablation.csv")]
+    for folder in sorted(Path(out).iterdir()):
+        ablation = [{"run": folder.name} | row for row in read(folder / "ablation.csv")]
+        files["dial" if folder.name.startswith("dial") else "ablation"] += ablation
         kind, results = folder.name.rpartition("-")[0], nes.load(folder / "results.json")
         if not results:
             continue
@@ -308,26 +351,24 @@ def collect(out, cifar):
         # a folder of images by its name alone: where it was says nothing to others
         files[folder.name] = [row | {"dataset": Path(args.dataset).name} for row in rows]
         if kind in ("fmnist", "cifar10"):
-            dial.append({"run": kind} | dial_row(args, results["lambda_response"]))
-        if kind == "cifar10":
+            files["dial"].append({"run": kind} | dial_row(args, results["lambda_response"]))
+        if args.dataset != "fmnist":
             continue
         data = nes.load_data(args.dataset, str(HERE.parent / "data"), seed=args.seed)
-        labels = data.splits["test"][1]
-        # longer runs, too, in epochs of the main one, whose search they have: the machine was not
-        # always as free
-        main = folder.with_name(f"fmnist-{args.seed}")
-        *networks, _ = by(read(main / "ledger.csv"), "method")["ours",]
-        epochs = nes.load(main / "results.json")["settings"]["epochs"]
-        compute += compute_rows(folder, rows, labels, args, mean(networks, "seconds") / epochs)
+        if kind in RUNS:
+            files["scores"] += score_rows(folder, kind, rows, data, args)
+        if kind in CONTROLS:
+            files["control"].append(control_row(folder, kind, rows, results, data))
         if kind == "fmnist":
             foreign = foreign_images(cifar, data.shape) if foreign is None else foreign
-            uncertainty += uncertainty_rows(folder, rows, labels, foreign)
-            architectures += architecture_rows(folder, rows, data, args)
+            files["elsewhere"] += elsewhere_rows(folder, rows, data, foreign)
+            files["pairs"] += pair_rows(folder, rows, data.splits["test"][1])
     for name, rows in files.items():
         if rows:
             report.write(SAVED / f"{name}.csv", rows)
             print(f"{name}.csv: {len(rows)} rows")
-    plot_compute(read(SAVED / "compute.csv"), HERE / "compute.png")
+    plot_compute(lines_of(read(SAVED / "scores.csv"), "method", "epochs"), HERE / "compute.png")
+    plot_pairs(read(SAVED / "pairs.csv"), HERE / "pairs.png")
 
 if __name__ == "__main__":
     if len(sys.argv) not in (1, 3):

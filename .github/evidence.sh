@@ -14,14 +14,23 @@ main() {                   # the main command's recipe: main SEED BASELINES
   nes --dataset fmnist --samples 5 --one-shots 50 --seed $1 --baselines "${@:2}" \
     --out "$out/fmnist-$1"
 }
-for seed in 0 1 2 3 4; do main $seed single deep perturbed random; done
-for seed in 0 1 2 3 4; do  # equal compute: one network, and shared weights, for longer
-  for epochs in 4 8 12 20; do
-    run=$out/epochs-$epochs-$seed shared=$((epochs < 20 ? epochs : 0))
-    with_search_of "$out/fmnist-$seed" "$run"
-    nes --samples 1 --baselines single --epochs $epochs --shared-epochs $shared --seed $seed \
-      --out "$run"
+variant() {                # variant SEED NAME VARIANT FILES: nes.py with something left out
+  [ -d "$out/$2-$1" ] || { mkdir "$out/$2-$1"; cp -r "${@:4}" "$out/$2-$1"; }
+  python "$(dirname "$0")/ablation.py" --run "$3" --seed $1 --out "$out/$2-$1"
+}
+for seed in 0 1 2 3 4; do
+  main $seed single deep perturbed random
+  run=$out/fmnist-$seed
+  for epochs in 12 20; do  # equal compute: one network, and shared weights, for longer
+    with_search_of "$run" "$out/epochs-$epochs-$seed"
+    nes --samples 1 --baselines single --epochs $epochs --shared-epochs $epochs --seed $seed \
+      --out "$out/epochs-$epochs-$seed"
   done
+  with_search_of "$run" "$out/wide-$seed"
+  nes --samples 1 --baselines single --channels 24 --cells 3 --epochs 6 --shared-epochs 0 \
+    --seed $seed --out "$out/wide-$seed"
+  variant $seed blind "no L_val" "$run/base.pt"
+  variant $seed perturbed perturbed "$run"/{base.pt,hyper.pt,members}
 done
 dial() {                   # the dial after half and twice the steps, and with the paper's objective
   OMP_NUM_THREADS=1 python "$(dirname "$0")/ablation.py" --without default --seeds 0 1 2 3 4 \
@@ -31,6 +40,7 @@ dial twice --hyper-steps 2000 &
 dial half --hyper-steps 500
 dial paper --objective paper --lambda-max 4
 wait
+OMP_NUM_THREADS=1 python "$(dirname "$0")/ablation.py" --out "$out/ablation"
 for seed in 0 1 2; do      # another data set
   nes --dataset "$cifar" --samples 3 --epochs 6 --shared-epochs 6 --crop 4 --mirror --seed $seed \
     --baselines single deep perturbed --out "$out/cifar10-$seed"

@@ -13,18 +13,15 @@ import ablation
 import evidence
 from evidence import nes, report
 
-def write_run(folder, seed, scores, ensemble=(("seconds", 20),), **settings):
-    """What report.py reads of a run folder: of each method two networks, of which one is chosen.
-
-    scores: method -> accuracy; ensemble: columns and values of an ensemble's seconds.
-    """
+def write_run(folder, seed, scores, **settings):
+    """What report.py reads of a run folder: of each method two networks and their ensemble.
+    scores: method -> accuracy."""
     rows = []
     for method, accuracy in scores.items():
-        row = {key: 0 for key in report.COLUMNS if not key.endswith("seconds")} | {
+        row = dict.fromkeys(report.COLUMNS, "1") | {
             "seed": seed, "dataset": "toy", "method": method, "accuracy": accuracy,
-            "nll": 1 - accuracy} | dict.fromkeys(dict(ensemble), 5)
-        rows += [row | {"index": 0, "chosen": 1}, row | {"index": 1, "chosen": 0, "accuracy": 0.99},
-                 row | {"index": "ensemble", "chosen": ""} | dict(ensemble)]
+            "nll": 1 - accuracy}
+        rows += [row | {"index": index} for index in (0, 1, "ensemble")]
     note = json.dumps({"--seed": seed, "--epochs": 1} | settings)
     nes.save(folder / "settings.json", note.encode())
     report.write(folder / "ledger.csv", rows)
@@ -44,15 +41,100 @@ def test_means_and_intervals_paired_by_seed(tmp_path):
         with pytest.raises(SystemExit, match=words):
             report.report(wrong)
 
-def test_ledgers_of_both_kinds(tmp_path):
-    new = write_run(tmp_path / "new", 0, {"ours": 0.9})
-    old = write_run(tmp_path / "old", 1, {"ours": 0.9}, [
-        ("seconds", ""), ("search_seconds", 12), ("training_seconds", 10)])
-    # the best of those that were chosen, how many networks, seconds; of searches: 20 - 2 * 5
-    for run, end, search in ((new, "90.00 | 2 | 20 |", 10), (old, "90.00 | 2 | 12 | 10 |", 12)):
-        assert report.report([run]).endswith(end)
-        assert evidence.search_seconds(report.read(run / "ledger.csv"), "ours") == search
-    assert report.report([new, old]).endswith("90.00 +- 0.00 | 2 +- 0 | 21 +- 1 |")
+def test_temperature_by_hand():
+    # ten predictions of .9, seven right: best where they are .7, at ln 9 / ln (7 / 3)
+    probs, labels = torch.tensor([[[0.9, 0.1]] * 10]), torch.tensor([0] * 7 + [1] * 3)
+    T = evidence.temperature(probs, labels)
+    assert T == pytest.approx(math.log(9) / math.log(7 / 3), abs=0.01)
+    entropy = -0.7 * math.log(0.7) - 0.3 * math.log(0.3)
+    assert evidence.tempered_nll(probs, labels, T) == pytest.approx(entropy, abs=1e-4)
+    assert evidence.tempered_nll(probs, labels, 1) == pytest.approx(
+        nes.ensemble_metrics(probs, labels)["nll"])
+
+def test_size_by_hand(tmp_path):
+    C, side, arch = 2, 8, torch.zeros(2, 14, 7)
+    for edges in nes.EDGES_OF:
+        arch[:, edges[:2], nes.NAMES.index("skip_connect")] = 1
+    data = nes.Data({}, ["a", "b", "c"], torch.zeros(1, 1, 1), torch.ones(1, 1, 1), (1, side, side))
+    net = nes.Network(1, 3, C, 1, arch)
+    nes.save(tmp_path / "net.pt", {
+        "network": net.config, "net": net.state_dict(), "mean": data.mean, "std": data.std,
+        "shape": data.shape, "classes": data.classes})
+    stem = 9 * C * side**2 + 9 * C * 4 * C * (side // 2) ** 2
+    align, classifier = 2 * 4 * C * C * (side // 2) ** 2, 4 * C * 3
+    norms = 2 * (C + 4 * C + 2 * C)
+    assert evidence.size(tmp_path / "net.pt") == (
+        9 * C + 9 * C * 4 * C + 2 * 4 * C * C + classifier + 3 + norms, stem + align + classifier)
+
+def save_run(folder, files, **searches):
+    """Networks' files of a run folder: file -> probabilities of the truth, class 0 of two."""
+    for file, right in files.items():
+        probs = torch.tensor([[p, 1 - p] for p in right])
+        nes.save(folder / file, {"selection": probs, "test": probs})
+    for name, seconds in searches.items():
+        nes.save(folder / f"{name}.pt", {"seconds": seconds})
+
+ZEROS = SimpleNamespace(splits={split: (torch.zeros(8, 1, 9, 9, dtype=torch.uint8),
+                                        torch.zeros(8).long()) for split in ("selection", "test")})
+
+def test_scores_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "size", lambda path: (10, 20.0))
+    save_run(tmp_path, {"a.pt": [0.9] * 8, "b.pt": [0.9] * 6 + [0.3] * 2}, base=1, hyper=2)
+    rows = [{"method": method, "file": file, "chosen": "1", "seconds": 100}
+            for method, file in (("single", "a.pt"), ("ours", "a.pt"), ("ours", "b.pt"))]
+    args = SimpleNamespace(seed=3, epochs=5, shared_epochs=5)
+    single, ours = evidence.score_rows(tmp_path, "fmnist", rows, ZEROS, args)
+    assert (single["method"], single["epochs"], single["seconds"]) == ("one network", "5", 101)
+    assert (ours["method"], ours["epochs"], ours["seconds"]) == ("two of ours", "10", 203)
+    assert (ours["parameters"], ours["multiplications"], ours["accuracy"]) == (20, 40.0, 1)
+    text = evidence.compared_table(evidence.lines_of([single, ours], "method", "epochs"), [
+        ("two of ours, 10", "one network, 5"), ("two of ours, 10", "none")],
+        {"disagreement": ("disagree, %", 100, 1)})
+    assert text.splitlines()[2:] == ["| two of ours, 10 - one network, 5 | 1 | +25.0 |"]
+
+def test_shifts_by_hand():
+    image = torch.zeros(1, 1, 9, 9, dtype=torch.uint8)
+    image[..., :3, :3] = 90                                     # its mean is 10
+    found = evidence.shifted(image)
+    assert [one.unique().tolist() for one in found["contrast"]] == [[4, 58], [6, 42], [8, 26]]
+    assert not any(torch.equal(one, image) for three in found.values() for one in three)
+    assert all(torch.equal(one, two) for one, two in zip(
+        found["noise"], evidence.shifted(image)["noise"]))
+
+def test_elsewhere_by_hand(tmp_path):
+    save_run(tmp_path, {"a.pt": [0.9] * 8})
+    right = lambda share: torch.tensor([[0.8, 0.2], [share, 1 - share]])  # every fourth of eight
+    kept = {kind: torch.stack([right(0.7), right(0.7), right(0.4)])
+            for kind in ("noise", "blur", "contrast", "rotation")}
+    nes.save(tmp_path / "elsewhere.pt", {"a.pt": kept | {"foreign": right(0.6)[None]}})
+    rows = [{"seed": "0", "method": "single", "file": "a.pt", "chosen": "1"}]
+    row, = evidence.elsewhere_rows(tmp_path, rows, ZEROS, None)
+    assert row["method"] == "one network" and row["auroc"] == 1
+    assert row["noise"] == pytest.approx(5 / 6)                 # two, two and one of two are right
+    assert row["shifted_nll"] == pytest.approx(
+        -(3 * math.log(0.8) + 2 * math.log(0.7) + math.log(0.4)) / 6)
+
+def test_pairs_by_hand(tmp_path):
+    base = nes.random_architecture(0)
+    for name, arch, right in (("a", base, [0.9] * 8), ("b", base, [0.9] * 7 + [0.1]),
+                              ("c", 0 * base, [0.1] * 8)):
+        nes.save(tmp_path / f"{name}.pt", {"network": {"arch": arch}, "test": torch.tensor(
+            [[p, 1 - p] for p in right])})
+    rows = [{"seed": "0", "method": "ours", "file": f"{name}.pt", "chosen": "1"} for name in "abc"]
+    found = evidence.pair_rows(tmp_path, rows, torch.zeros(8).long())
+    assert [(row["entries"], row["pairs"], row["disagreement"]) for row in found] == [
+        (0, 2, 15 / 16), (16, 1, 1 / 8)]
+    assert evidence.pair_table(found).endswith("| trained | 1 | -5.078 |")  # 100 (1/8 - 15/16) / 16
+
+def test_control_by_hand(tmp_path):
+    save_run(tmp_path, {"a.pt": [0.9] * 8, "b.pt": [0.9] * 4 + [0.3] * 4})
+    rows = [{"seed": "0", "method": method, "file": file, "chosen": "1"}
+            for method in ("ours", "one-shot of 20") for file in ("a.pt", "b.pt")]
+    results = {"lambda_response": {"calibration_error": 0.5}}
+    row = evidence.control_row(tmp_path, "blind", rows, results, ZEROS)
+    assert (row["method"], row["calibration_error"]) == ("without L_val", 0.5)
+    assert row["shot_mean"] == row["trained_mean"] == 0.75
+    assert row["trained_nll"] == pytest.approx(-(math.log(0.9) + math.log(0.6)) / 2)
 
 def test_uncertainty_by_hand():
     # of six pairs three are larger outside, one is equal
@@ -65,61 +147,34 @@ def test_uncertainty_by_hand():
     assert torch.allclose(evidence.entropy(probs)[0], torch.tensor(
         -0.9 * math.log(0.9) - 0.1 * math.log(0.1)).double())
 
-def test_questions_by_hand():
-    # ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: 4.5 / sqrt(4.5 * 5)
-    assert evidence.rank_correlation([3, 5, 5, 9], [5, 6, 7, 8]) == pytest.approx(math.sqrt(0.9))
-    rows = [{"method": method, "index": 0, "lambda": str(lam), "accuracy": 0.9 + rise * lam,
-             "selection_accuracy": 0.9, "seconds": 1}
-            for method, rise in (("ours", -0.02), ("one-shot of 50", 0.01))
-            for lam in (0.0, 0.4, 0.8)]
-    rows += [{"method": method, "index": "ensemble", "accuracy": accuracy, "lambda": "",
-              "seconds": seconds} for method, accuracy, seconds in (
-        ("ours", "0.93", "123"), ("single", "0.92", "60"), ("perturbed", "0.935", "60"))]
-    found = [{"methods": methods, "trained_test": trained, "one_shot_selection": shot}
-             for methods, trained, shot in (("ours single perturbed", 0.91, 0.80),
-                                            ("ours", 0.92, 0.81), ("perturbed", 0.93, 0.70))]
-    assert evidence.questions(rows, found) == pytest.approx({
-        "ours minus perturbed, points": -0.5,
-        "one-shot (selection) and trained (test) accuracy, rank correlation, ours": 1,
-        "one-shot (selection) and trained (test) accuracy, rank correlation, all trained": -0.5,
-        "trained accuracy, slope from lambda = 0 to 1, points": -2,
-        "one-shot accuracy, slope from lambda = 0 to 1, points": 1,
-        "one-shot accuracy on selection, slope from lambda = 0 to 1, points": 0,
-        "search of ours, in base searches": 2})  # (123 - 3 * 1) / 60
-
-def test_an_architecture_belongs_to_every_method_that_has_it(tmp_path):
-    arch = nes.random_architecture(0)
-    nes.save(tmp_path / "members/a-0.pt", {"network": {"arch": arch}})
-    nes.save(tmp_path / f"one_shot/{nes.fingerprint(arch)}.pt",
-             {"selection": torch.tensor([[0.9, 0.1], [0.9, 0.1]])})
-    data = SimpleNamespace(splits={"selection": (None, torch.tensor([0, 1]))})
-    rows = [{"seed": "0", "method": method, "file": f"members/a-{i}.pt", "genotype": "g",
-             "accuracy": accuracy} for method, i, accuracy in (
-        ("ours", 0, "0.91"), ("deep", 0, "0.91"), ("deep", 1, "0.93"))]
-    row, = evidence.architecture_rows(tmp_path, rows, data, SimpleNamespace(out=tmp_path))
-    assert (row["methods"], row["networks"]) == ("ours deep", 2)
-    assert row["trained_test"] == pytest.approx(0.92) and row["one_shot_selection"] == 0.5
-
-def test_compared_points_are_paired_by_seed():
-    points = [("ours", 10, 0, 0.93), ("ours", 10, 1, 0.94), ("ours", 10, 2, 0.50),
-              ("deep ensemble", 10, 1, 0.93), ("deep ensemble", 10, 0, 0.91),
-              ("one network", 8, 0, 0.93), ("one network", 8, 1, 0.92), ("one network", 8, 2, 0.90)]
-    rows = [{"method": method, "epochs": str(epochs), "seed": str(seed), "accuracy": accuracy,
-             "nll": 1 - accuracy} for method, epochs, seed, accuracy in points]
-    # seed 2 lacks a point; 2 and 1, 0 and 2, -2 and 1 points: 12.706 / sqrt(2) deviations each way
-    text = evidence.compared_table(rows)
-    assert "| ours, 10 epochs | +1.50 [-4.85, +7.85] | +1.00 [-11.71, +13.71] |  |  |" in text
-    assert "| deep ensemble, 10 epochs |  | -0.50 [-19.56, +18.56] |  |  |" in text
-    assert "| ours, 10 epochs | -0.0150 [-0.0785, +0.0485] | " in text
-
 def test_ablation_replaces_what_nes_has():
     base_p = torch.rand(2, 14, 7, generator=nes.rng(0)).softmax(-1)
-    for variant in ablation.VARIANTS:
+    for variant in (*ablation.VARIANTS, "perturbed"):
         assert ablation.replaced(variant, base_p, 0).keys() <= vars(nes).keys()
     soft = ablation.replaced("soft", base_p, 0)["diversity_loss"]
     # sure of another operation everywhere, as far from the base as can be: 8 * (1 - 0.5)^2
     farthest = torch.nn.functional.one_hot((base_p.argmax(-1) + 1) % 7, 7).float()
     assert soft(None, farthest, None, 0.5, 8).item() == pytest.approx(2)
+
+def test_without_L_val_only_the_diversity_term_moves_alpha():
+    step = ablation.replaced("no L_val", torch.rand(2, 14, 7), 0)["search_step"]
+    net, alpha = nes.Network(1, 3, 2, 2), torch.zeros(2, 14, 7, requires_grad=True)
+    w = next(net.parameters()).clone()
+    batch = torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
+    step(net, alpha.softmax(-1), alpha[0, 0, 0], batch, batch, torch.optim.SGD(net.parameters(), 1),
+         torch.optim.SGD([alpha], 1))
+    assert alpha[0, 0, 0] == -1 and alpha.count_nonzero() == 1
+    assert not torch.equal(next(net.parameters()), w)
+
+def test_changes_at_random_are_as_many(tmp_path):
+    base_p = torch.rand(2, 14, 7, generator=nes.rng(0)).softmax(-1)
+    base, hyper = nes.discretise(base_p), nes.HyperNetwork(base_p.log())
+    torch.nn.init.normal_(hyper.table)
+    sample = ablation.replaced("perturbed", base_p, 7)["sample"]
+    dial, found = nes.sample(hyper, [0.2, 0.8]), sample(hyper, [0.2, 0.8])
+    assert torch.equal(nes.matched_entries(found, base), nes.matched_entries(dial, base))
+    assert torch.equal(found[1], nes.perturb(base, dial[1], 7, "perturbed", 1))
+    assert not torch.equal(sample(hyper, [0.8])[0], found[1])
 
 def test_the_tables_of_results_are_those_of_the_ledgers():
     text = (Path(__file__).parent / "results.md").read_text()
