@@ -92,15 +92,17 @@ def score_rows(folder, kind, rows, data, args):
         if len(files) < count:
             continue
         shot, probs = "one-shot" in method, probabilities(folder, files)
+        epochs = args.shared_epochs if shot else count * args.epochs
         T = temperature(probabilities(folder, files, "selection"), labels["selection"])
         sizes = [size(folder / file) for file in dict.fromkeys(files)]
-        searches = ["base"] + ["hyper"] * (shot or method == "ours") + ["shared"] * shot
+        searches = (["base"] * (method != "random") + ["hyper"] * (shot or method == "ours")
+                    + ["shared"] * shot)
         searched = sum(nes.load(folder / f"{name}.pt")["seconds"] for name in searches)
         found.append({
-            "seed": str(args.seed), "method": title,
-            "epochs": str(args.shared_epochs if shot else count * args.epochs),
+            "seed": str(args.seed), "method": title, "epochs": str(epochs),
             "seconds": searched + sum(seconds[file] for file in dict.fromkeys(files)),
             "parameters": sum(net for net, _ in sizes), "multiplications": sum(m for _, m in sizes),
+            "compute": epochs * statistics.mean(m for _, m in sizes),
             "temperature": T, "nll_tempered": tempered_nll(probs, labels["test"], T),
             **nes.ensemble_metrics(probs, labels["test"])})
     return found
@@ -109,7 +111,7 @@ def score_rows(folder, kind, rows, data, args):
 SCORES = {"accuracy": ("accuracy, %", 100, 2), "nll": ("NLL", 1, 4),
           "nll_tempered": ("NLL, one temperature fitted", 1, 4), "ece": ("ECE", 1, 4),
           "seconds": ("minutes", 1 / 60, 0)}
-SIZES = {"parameters": ("parameters, thousands", 1e-3, 0),
+SIZES = {"parameters": ("parameters, thousands, without sharing", 1e-3, 0),
          "multiplications": ("multiplications an image, millions", 1e-6, 1),
          "temperature": ("temperature", 1, 2), "member_mean": ("mean member, %", 100, 2),
          "disagreement": ("disagree, %", 100, 2)}
@@ -134,17 +136,21 @@ QUESTIONS = [(OURS, DEEP), (OURS, "five perturbed, 25"), (OURS, "five random, 25
              ("one shot of 20, 20", "two deep, 10")]
 
 def plot_compute(points, path):
-    """Accuracy and NLL against epochs of training."""
-    figure = Figure((10, 4), layout="constrained")
-    lines = ("one network", "one wide network", "one shot of 20", "deep", "of ours")
-    for axis, key, scale, label in zip(figure.subplots(1, 2), ("accuracy", "nll"), (100, 1),
+    """Accuracy and NLL against epochs of training, a wide network's by its multiplications."""
+    figure, one = Figure((10, 4), layout="constrained"), points["one network, 5"].values()
+    lines = {"one network": "one network", "one wide network": "one wide network",
+             "one shot of 20": "twenty in one shot", "deep": "two and five, deep ensemble",
+             "of ours": "two and five of ours"}
+    axes = figure.subplots(1, 2)
+    for axis, key, scale, label in zip(axes, ("accuracy", "nll"), (100, 1),
                                        ("test accuracy, %", "NLL, nats")):
-        for title in lines:
-            found = [seeds.values() for point, seeds in points.items() if f"{title}," in point]
-            axis.plot([mean(seeds, "epochs") for seeds in found],
+        for name, title in lines.items():
+            found = [seeds.values() for point, seeds in points.items() if f"{name}," in point]
+            axis.plot([mean(seeds, "compute") / mean(one, "compute") * 5 for seeds in found],
                       [scale * mean(seeds, key) for seeds in found], "o-", label=title)
-        axis.set(xlabel="epochs of training, without the search", ylabel=label)
-        axis.legend(fontsize=8)
+        axis.set(xlabel="cost of training, in epochs of one network", ylabel=label,
+                 xticks=range(0, 30, 5))
+    axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 # ---- Elsewhere: shifted and foreign images -------------------------------------------------------
