@@ -864,7 +864,7 @@ def load(path):
         if str(path).endswith(".json"):
             return json.load(content)
         state = torch.load(content, map_location="cpu", weights_only=True)
-        if state["version"] != VERSION:
+        if dict(state)["version"] != VERSION:  # a bare tensor has none, either
             raise ValueError
         return state
     except (FileNotFoundError, NotADirectoryError):
