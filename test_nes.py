@@ -742,10 +742,14 @@ def test_the_tutorial_was_saved_as_it_ran():
 
 @pytest.fixture(scope="module", autouse=True)
 def tutorial(request):
-    """The notebook's short version, begun before the other tests: done when they are."""
+    """The notebook's short version, with the answers to its exercises as cells at its end, begun
+    before the other tests: done when they are."""
     wanted = any(item.name == "test_the_tutorial_runs" for item in request.session.items)
     os.environ["NES_TUTORIAL_QUICK"] = "1"
-    client = NotebookClient(nbformat.read(TUTORIAL, 4), timeout=240,
+    notebook = nbformat.read(TUTORIAL, 4)
+    answers = re.findall(r"```python\n(.*?)```", notebook.cells[-1].source, re.DOTALL)
+    notebook.cells += [nbformat.v4.new_code_cell(answer) for answer in answers]
+    client = NotebookClient(notebook, timeout=240,
                             resources={"metadata": {"path": str(TUTORIAL.parent)}})
     with ThreadPoolExecutor(1) as pool:
         yield wanted and pool.submit(client.execute)
@@ -753,6 +757,7 @@ def tutorial(request):
 def test_the_tutorial_runs(tutorial):
     text = str([cell.get("outputs") for cell in tutorial.result().cells])  # raises what one raised
     assert "largest difference of the logits" in text and "keys of the results" in text
+    assert "% right" in text  # the last answer's
 
 if __name__ == "__main__":
     benchmark()
