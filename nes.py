@@ -481,11 +481,12 @@ def train_member(name, arch, index, data, args):
 
 def train_shared(name, hyper, data, args):
     """Train one supernet of the members' size, by their recipe, at a fresh lambda each step: the
-    search's own is smaller, and served architectures that kept changing."""
-    key = (args.seed, name)
+    search's own is smaller, and served architectures that kept changing. Only part of the dial is
+    served: the fewer architectures share the weights, the better these are for each."""
+    key, top = (args.seed, name), args.shared_part * args.lambda_max
     net = build(key, data, args.channels, args.cells, affine=True)
     train(name, net, args.shared_epochs, key, data, args, lambda step: sample(
-        hyper, draw_lambdas(1, args.lambda_max, rng(*key, step)))[0])
+        hyper, draw_lambdas(1, top, rng(*key, step)))[0])
     return net
 
 def one_shot(shared, arch, batches):
@@ -752,7 +753,7 @@ SETTINGS = [  # name, default, lowest value or the choices, what it is
     # what to run
     ("dataset", "fmnist", None, KNOWN),
     ("samples", 5, 1, "members of the ensemble"),
-    ("one-shots", 20, 1, "members of the larger ensemble that is scored in one shot"),
+    ("one-shots", 20, 1, "members of the ensemble in one shot"),
     ("baselines", [], ("all", *BASELINES), "other ensembles to train, too; see section 8"),
     ("seed", 0, 0, "of everything random"),
     ("device", "auto", ("auto", *DEVICES), "auto: an accelerator, cuda or mps, if there is one"),
@@ -782,6 +783,7 @@ SETTINGS = [  # name, default, lowest value or the choices, what it is
     ("cells", 2, 1, "cells of a member"),
     ("epochs", 5, 1, "epochs of a member's training"),
     ("shared-epochs", 5, 0, "epochs of the one-shot weights; 0: the search's own"),
+    ("shared-part", 0.5, 0, "part of the dial, from lambda 0, that is for one shot"),
     ("batch", 64, 2, "images of a step, in searches, too"),
     ("lr", 0.006, 0, "a member's largest learning rate")]
 # What two commands that share a run folder may have different; of the data the digest tells
@@ -805,6 +807,8 @@ def parse(argv=None):
             parser.error(f"--{name} {value} is not a number from {lowest} up")
     if args.lambda_max > 1 and args.objective == "target":
         parser.error("--lambda-max is at most 1 with --objective target, whose lambda is a share")
+    if args.shared_part > 1:
+        parser.error("--shared-part is at most 1, the whole dial")
     args.baselines = list(BASELINES) if "all" in args.baselines else args.baselines
     args.out = args.out or f"runs/{Path(args.dataset).resolve().name}-{args.objective}-{args.seed}"
     args.device = DEVICES[-1] if args.device == "auto" else args.device
@@ -1059,8 +1063,9 @@ def run(args):
 
 def make_networks(net, base, hyper, data, args):
     """Train what every method needs: method -> (its searches, its networks), names of files."""
-    pool = sample(hyper, sample_lambdas(max(args.samples, args.one_shots), args.lambda_max))
-    ours, shots = pool[:args.samples], [f"one_shot/{fingerprint(arch)}" for arch in pool]
+    ours = sample(hyper, sample_lambdas(args.samples, args.lambda_max))
+    pool = sample(hyper, sample_lambdas(args.one_shots, args.shared_part * args.lambda_max))
+    shots = [f"one_shot/{fingerprint(arch)}" for arch in pool]
     wanted = {"ours": (["base", "hyper"], ours)}
     wanted |= {method: BASELINES[method](base, ours, data, args) for method in args.baselines}
     jobs, methods = {"one-shots": (make_one_shots, shots, pool, net, hyper)}, {}
@@ -1070,8 +1075,7 @@ def make_networks(net, base, hyper, data, args):
         methods[method] = searches, names
     deal_out(jobs, data, args)
     searches = ["base", "hyper", *["shared"] * (args.shared_epochs > 0)]
-    return methods | {"ours, one-shot": (searches, shots[:args.samples]),
-                      f"one-shot of {args.one_shots}": (searches, shots[:args.one_shots])}
+    return methods | {f"one-shot of {args.one_shots}": (searches, shots)}
 
 def deal_out(jobs, data, args):
     """Do all jobs, each rank its part: name of the file that a job makes -> (function, *arguments).
@@ -1094,7 +1098,8 @@ def score(method, searches, names, base, data, args):
     if method in BASELINES and len(names) > args.samples:
         chosen = forward_selection(torch.stack([file["selection"] for file in files]),
                                    data.splits["selection"][1].cpu(), args.samples)
-    lambdas = sample_lambdas(len(names), args.lambda_max)
+    part = 1 if method == "ours" else args.shared_part
+    lambdas = sample_lambdas(len(names), part * args.lambda_max)
     run = {"dataset": args.dataset, "seed": args.seed, "method": method}
     rows = [run | {
         "index": i, "chosen": int(i in chosen), "lambda": lambdas[i] if "hyper" in searches else "",
@@ -1110,18 +1115,17 @@ def score(method, searches, names, base, data, args):
 
 def report(rows, response, described, base, data, args):
     """Write results.json, ledger.csv and the pictures; print tables. rows: method -> of `score`."""
-    ours, shots, more = rows["ours"], rows["ours, one-shot"], rows[f"one-shot of {args.one_shots}"]
+    ours, shots = rows["ours"], rows[f"one-shot of {args.one_shots}"]
     ensembles = {method: part[-1] for method, part in rows.items()}
-    members = [mine | member | {"one_shot": shot}
-               for mine, member, shot in zip(ours, described, shots)]
+    members = [mine | member for mine, member in zip(ours, described)]
     results = {
         "settings": vars(args) | {"images": data.digest},
         "versions": {"python": sys.version, "torch": torch.__version__},
         "seconds": {name: load_network(name, args)["seconds"] for name in ("base", "hyper")},
         "base": {"genotype": genotype(base), "operations": count_operations(base)},
         "lambda_response": response, "members": members, "methods": ensembles,
-        "ensemble": ours[-1], "one_shot": shots[-1],
-        "one_shots": more[-1] | {"files": [row["file"] for row in more[:-1]]}}
+        "ensemble": ours[-1],
+        "one_shots": shots[-1] | {"files": [row["file"] for row in shots[:-1]]}}
     save(Path(args.out) / "results.json", json.dumps(results, indent=1).encode())
     table = csv.DictWriter(text := io.StringIO(), [*ours[0], "member_mean"], lineterminator="\n")
     table.writeheader()

@@ -377,9 +377,9 @@ def test_members_and_shared_weights_see_all_images_every_epoch_reordered(tmp_pat
     epochs = [tuple(map(bytes, epoch.numpy())) for epoch in torch.cat(seen).split(2160)]
     wanted = sorted(map(bytes, IMAGES["both"].flatten(1).numpy()))
     assert len(set(epochs)) == 4 and all(sorted(epoch) == wanted for epoch in epochs)
-    on_dial = set(map(nes.fingerprint, nes.sample(hyper, torch.linspace(0, 1, 4001))))
+    half = set(map(nes.fingerprint, nes.sample(hyper, torch.linspace(0, 0.5, 4001))))
     sampled = {nes.fingerprint(arch) for arch in run[18:]}  # one a step
-    assert run[:18] == [None] * 18 and sampled <= on_dial and len(sampled) > 9
+    assert run[:18] == [None] * 18 and sampled <= half and len(sampled) > 9
 
 def test_one_shot_networks_are_the_shared_weights_recalibrated_for_each(finished, tmp_path):
     shared, archs = tiny_net(0), [nes.random_architecture(i) for i in range(2)]
@@ -451,15 +451,20 @@ def test_a_run_leaves_what_it_promises_and_a_ledger_row_for_each_network_and_ens
                        ("lambda_response", "points spearman calibration_error")):
         assert results[part].keys() == set(keys.split())
     assert results.keys() == set("settings versions seconds base lambda_response members methods "
-                                 "one_shot one_shots ensemble".split())
+                                 "one_shots ensemble".split())
     point = results["lambda_response"]["points"][0]
-    assert point.keys() == described and described | {"file", "one_shot"} <= row.keys()
-    ensembles = (results[key] for key in ("ensemble", "one_shot", "one_shots"))
-    assert all(metrics <= value.keys() for value in (row, row["one_shot"], *ensembles))
+    assert point.keys() == described and described | {"file"} <= row.keys()
+    ensembles = (results[key] for key in ("ensemble", "one_shots"))
+    assert all(metrics <= value.keys() for value in (row, *ensembles))
     column = lambda method, key: [row[key] for row in ledger(out, method)]
     assert {method: len(ledger(out, method)) for method in results["methods"]} == {
         "ours": 2, "single": 1, "deep": 2, "random": 2, "perturbed": 2,
-        "nes-rs": 4, "darts": 2, "ours, one-shot": 2, "one-shot of 3": 3}
+        "nes-rs": 4, "darts": 2, "one-shot of 3": 3}
+    for method, top in (("ours", 1), ("one-shot of 3", 0.5)):
+        lambdas = nes.sample_lambdas(3, top)[:len(column(method, "lambda"))]
+        assert list(map(float, column(method, "lambda"))) == lambdas
+        assert column(method, "genotype") == [json.dumps(nes.genotype(arch)) for arch in nes.sample(
+            nes.load_hypernetwork(out), lambdas)]
     *bases, other = map(json.loads, column("deep", "genotype") + column("darts", "genotype"))
     assert bases == [results["base"]["genotype"]] * 3 and other != bases[0]
     assert column("single", "file") == column("deep", "file")[:1]
@@ -609,7 +614,7 @@ def test_torchrun_of_two_gives_exactly_what_one_gives_and_another_seed_does_not(
 @pytest.mark.parametrize("flags", [
     *("--nonsense 1|--samples 0|--samples many|--lambda-max -1|--lambda-max 0|--lambda-max 2|"
       "--lambda-max inf --objective paper|--lr nan|--objective other|--baselines other|"
-      "--device abacus|--device cpu:x|--device meta|--dataset /no/such/folder|"
+      "--shared-part 1.1|--device abacus|--device cpu:x|--device meta|--dataset /no/such/folder|"
       "--out /dev/null/run").split("|"), *["--device cuda"] * (not torch.cuda.is_available())])
 def test_bad_flags(flags, bad):
     bad(flags.split(), flags.split()[0])

@@ -11,8 +11,7 @@ with_search_of() {         # the same search, not repeated
 }
 
 main() {                   # the main command's recipe: main SEED BASELINES
-  nes --dataset fmnist --samples 5 --one-shots 50 --seed $1 --baselines "${@:2}" \
-    --out "$out/fmnist-$1"
+  nes --dataset fmnist --samples 5 --seed $1 --baselines "${@:2}" --out "$out/fmnist-$1"
 }
 variant() {                # variant SEED NAME VARIANT FILES: nes.py with something left out
   [ -d "$out/$2-$1" ] || { mkdir "$out/$2-$1"; cp -r "${@:4}" "$out/$2-$1"; }
