@@ -144,8 +144,9 @@ def plot_compute(points, path):
                                        ("test accuracy, %", "NLL, nats")):
         for name, title in lines.items():
             found = [seeds.values() for point, seeds in points.items() if f"{name}," in point]
-            axis.plot([mean(seeds, "compute") / mean(one, "compute") * 5 for seeds in found],
-                      [scale * mean(seeds, key) for seeds in found], "o-", label=title)
+            if found:
+                axis.plot([5 * mean(seeds, "compute") / mean(one, "compute") for seeds in found],
+                          [scale * mean(seeds, key) for seeds in found], "o-", label=title)
         axis.set(xlabel="cost of training, in epochs of one network", ylabel=label,
                  xticks=range(0, 30, 5))
     axes[0].legend(fontsize=8)
