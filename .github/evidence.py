@@ -54,25 +54,22 @@ def lines_of(rows, *keys):
 
 # ---- Scores: what to choose with a budget of epochs ----------------------------------------------
 
-# kind of run -> the ensembles that it is here for: title, method, networks. 20: of the first ones
 SHOT = [("one network", "single", 1), ("one shot of 20", "one-shot of 20", 20)]
-RUNS = {
+RUNS = {  # kind of run -> its ensembles: title, method, how many of its first networks
     "fmnist": [*SHOT, ("two deep", "deep", 2), ("two of ours", "ours", 2), ("five deep", "deep", 5),
                ("five of ours", "ours", 5), ("five perturbed", "perturbed", 5),
                ("five random", "random", 5)],
     "epochs-12": SHOT, "epochs-20": SHOT, "wide": [("one wide network", "single", 1)]}
 
-def temperature(probs, labels):
-    """The T whose p^(1/T), normalised, has the lowest NLL; p: the ensemble's mean, (M, N, Y).
-    (Guo et al. 2017, "On calibration of modern neural networks", one number fitted on held-out
-    images.)"""
-    log_p, grid = probs.double().mean(dim=0).clamp_min(1e-12).log(), torch.linspace(0.5, 3, 251)
-    losses = [torch.nn.functional.cross_entropy(log_p / T, labels) for T in grid]
-    return grid[torch.stack(losses).argmin()].item()
-
 def tempered_nll(probs, labels, T):
+    """NLL of p^(1/T), normalised; p: the ensemble's mean of probs (M, N, Y)."""
     log_p = probs.double().mean(dim=0).clamp_min(1e-12).log()
     return torch.nn.functional.cross_entropy(log_p / T, labels).item()
+
+def temperature(probs, labels):
+    """The T with the lowest `tempered_nll`: one number, fitted on held-out images (Guo et al. 2017,
+    "On calibration of modern neural networks")."""
+    return min((T / 100 for T in range(50, 301)), key=lambda T: tempered_nll(probs, labels, T))
 
 def size(path):
     """Parameters, and multiplications for an image, of a network's file."""
@@ -111,8 +108,7 @@ SCORES = {"accuracy": ("accuracy, %", 100, 2), "nll": ("NLL", 1, 4),
           "seconds": ("minutes", 1 / 60, 0)}
 SIZES = {"parameters": ("parameters, thousands, without sharing", 1e-3, 0),
          "multiplications": ("multiplications an image, millions", 1e-6, 1),
-         "temperature": ("temperature", 1, 2), "member_mean": ("mean member, %", 100, 2),
-         "disagreement": ("disagree, %", 100, 2)}
+         "temperature": ("temperature", 1, 2), "disagreement": ("disagree, %", 100, 2)}
 
 def compared_table(points, pairs, columns):
     """Differences of pairs of lines, paired by the seeds that have both."""
@@ -179,14 +175,6 @@ def entropy(probs):
     """Of the ensemble's mean prediction, (M, N, Y) -> (N,), nats."""
     return torch.special.entr(probs.double().mean(dim=0)).sum(dim=-1)
 
-def errors_by_certainty(probs, labels, share=0.1):
-    """Of the `share` of the images whose prediction has most entropy: (how many of them are wrong,
-    how many of all wrong ones are among them, how many of the other images are wrong), shares."""
-    order = entropy(probs).argsort(descending=True)
-    wrong = (probs.mean(dim=0).argmax(dim=-1) != labels)[order].double()
-    unsure, rest = wrong.tensor_split([int(share * len(labels))])
-    return [value.item() for value in (unsure.mean(), unsure.sum() / wrong.sum(), rest.mean())]
-
 def elsewhere_rows(folder, rows, data, foreign):
     """A row of elsewhere.csv for each main ensemble. Of the test images every fourth is shifted.
     foreign: images (N, C, H, W) of another data set. Predictions are kept in the folder."""
@@ -205,10 +193,8 @@ def elsewhere_rows(folder, rows, data, foreign):
             [kept[file][kind].float() for file in files])                    # (M, strengths, N, Y)
         scores = {kind: [nes.ensemble_metrics(at(kind)[:, s], labels) for s in range(3)]
                   for kind in sets if kind != "foreign"}
-        _, caught, rest = errors_by_certainty(own, data.splits["test"][1])
         found.append({"seed": rows[0]["seed"], "method": title,
                       "auroc": auroc(entropy(own), entropy(at("foreign")[:, 0])),
-                      "errors_caught": caught, "errors_rest": rest,
                       **{kind: mean(three, "accuracy") for kind, three in scores.items()},
                       "shifted_nll": mean(itertools.chain(*scores.values()), "nll")})
     return found
@@ -283,6 +269,8 @@ def control_row(folder, kind, rows, results, data):
 
 # ---- The dial, and its ingredients ---------------------------------------------------------------
 
+ABLATION = {"calibration_error": ("calibration error", 1, 3), "spearman": ("Spearman", 1, 3),
+            "one_shot_selection": ("one shot, selection split, %", 100, 1)}
 TENTHS = [f"{t / 10:.1f}" for t in range(11)]
 
 def dial_row(args, response):
@@ -291,11 +279,8 @@ def dial_row(args, response):
             "calibration_error": response["calibration_error"], "spearman": response["spearman"],
             **{t: point["matched_entries"] for t, point in zip(TENTHS, response["points"])}}
 
-ABLATION = {"calibration_error": ("calibration error", 1, 3), "spearman": ("Spearman", 1, 3),
-            "one_shot_selection": ("one shot, selection split, %", 100, 1)}
-
 def dial_table(rows):
-    """A line for each kind of run: entries at five lambdas, calibration error; means of seeds."""
+    """A line for each kind of run: entries at four lambdas, calibration error; means of seeds."""
     lines = [["run", "seeds", "0.0", "0.3", "0.7", "1.0", "calibration error"]]
     for (run,), seeds in by(rows, "run").items():
         errors = [float(row["calibration_error"]) for row in seeds]
@@ -372,8 +357,9 @@ def collect(out, cifar):
         if rows:
             report.write(SAVED / f"{name}.csv", rows)
             print(f"{name}.csv: {len(rows)} rows")
-    plot_compute(lines_of(read(SAVED / "scores.csv"), "method", "epochs"), HERE / "compute.png")
-    plot_pairs(read(SAVED / "pairs.csv"), HERE / "pairs.png")
+    if "one network, 5" in (points := lines_of(files["scores"], "method", "epochs")):
+        plot_compute(points, HERE / "compute.png")
+        plot_pairs(files["pairs"], HERE / "pairs.png")
 
 if __name__ == "__main__":
     if len(sys.argv) not in (1, 3):

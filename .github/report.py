@@ -95,9 +95,9 @@ def read_runs(folders):
 
 def report(folders, wanted=()):
     """The tables as text, of run folders or saved ledgers: of the wanted methods, or of all."""
-    methods, text = read_runs(folders), []
+    methods = read_runs(folders)
     methods = {method: methods[method] for method in wanted or methods}
-    text.append(score_table(methods, COLUMNS))
+    text = [score_table(methods, COLUMNS)]
     if "deep" in methods and 1 < len(folders) <= 1 + len(T_975):
         compared = {key: column for key, column in COLUMNS.items() if key != "seconds"}
         text.append(score_table(methods, compared, "deep"))

@@ -139,13 +139,9 @@ def test_control_by_hand(tmp_path):
 def test_uncertainty_by_hand():
     # of six pairs three are larger outside, one is equal
     assert evidence.auroc(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([2.0, 3.0])) == 3.5 / 6
-    sure, torn = [0.9, 0.1], [0.4, 0.6]
-    probs = torch.tensor([[sure, torn, sure, torn, sure, sure, torn]])
-    # of the three torn two are wrong, and one of the four sure ones
-    assert evidence.errors_by_certainty(
-        probs, torch.tensor([0, 1, 1, 0, 0, 0, 0]), 3 / 7) == pytest.approx([2 / 3, 2 / 3, 1 / 4])
-    assert torch.allclose(evidence.entropy(probs)[0], torch.tensor(
-        -0.9 * math.log(0.9) - 0.1 * math.log(0.1)).double())
+    # of the mean, (.7, .3)
+    assert evidence.entropy(torch.tensor([[[0.9, 0.1]], [[0.5, 0.5]]])).item() == pytest.approx(
+        -0.7 * math.log(0.7) - 0.3 * math.log(0.3))
 
 def test_ablation_replaces_what_nes_has():
     base_p = torch.rand(2, 14, 7, generator=nes.rng(0)).softmax(-1)
