@@ -7,14 +7,16 @@ set -euo pipefail
 out=$1 cifar=$2
 nes() { python "$(dirname "$0")/../nes.py" "$@"; }  # keeps what a folder has
 with_search_of() {         # the same search, not repeated
-  [ -d "$2" ] || { mkdir -p "$2"; cp "$1"/{base,hyper}.pt "$2"; }
+  mkdir -p "$2"
+  cp -u "$1"/{base,hyper}.pt "$2"
 }
 
 main() {                   # the main command's recipe: main SEED BASELINES
   nes --dataset fmnist --samples 5 --seed $1 --baselines "${@:2}" --out "$out/fmnist-$1"
 }
 variant() {                # variant SEED NAME VARIANT FILES: nes.py with something left out
-  [ -d "$out/$2-$1" ] || { mkdir "$out/$2-$1"; cp -r "${@:4}" "$out/$2-$1"; }
+  mkdir -p "$out/$2-$1"
+  cp -ru "${@:4}" "$out/$2-$1"
   python "$(dirname "$0")/ablation.py" --run "$3" --seed $1 --out "$out/$2-$1"
 }
 for seed in 0 1 2 3 4; do
