@@ -127,7 +127,7 @@ DEEP, OURS = "five deep, 25", "five of ours, 25"  # epochs
 QUESTIONS = [(OURS, DEEP), (OURS, "five perturbed, 25"), (OURS, "five random, 25"),
              (DEEP, "one network, 20"), (OURS, "one network, 20"), (OURS, "one wide network, 6"),
              *((f"one shot of 20, {epochs}", f"one network, {epochs}") for epochs in (5, 12, 20)),
-             ("one shot of 20, 20", "two deep, 10")]
+             *((f"one shot of 20, {epochs}", "two deep, 10") for epochs in (12, 20))]
 
 def plot_compute(points, path):
     """Accuracy and NLL against epochs of training, a wide network's by its multiplications."""
