@@ -13,15 +13,18 @@ Results are in the run's folder, --out. The same command goes on where it was st
      next to nothing of it at 1:       min_a E_lambda [L_val(w*, arch) + c (share(arch) - lambda)^2]
      arch: the finished architecture read off alpha(lambda), which the table a makes; share(arch):
      the share of the base's 16 entries that it lacks, its Jensen-Shannon divergence / ln 2
-  3  reading alpha(lambda_1), ..., alpha(lambda_M) gives M architectures in one shot
+  3  reading alpha(lambda_1), ..., alpha(lambda_M) gives M architectures, a look-up each
   4  their ensemble is the answer:     p(y | x) = mean_m p_m(y | x)
 
 Sections 1 to 8 are the method; 9 to 14 carry it and can wait: data, settings, keeping work,
 pictures, the run, CPU kernels. From these the method uses
   rng(*key)            a random generator that depends on `key` alone
   resumable(name, ..)  the loop under all training, with log rows and checkpoints
-  save, load           files of a run folder
+  save, load           files of a run folder; file_of, load_network: those of a phase or a network
+  deal_out(jobs, ..)   does the jobs, each process its part
   fail(sentence)       an error, for the user to read
+  DepthwiseConv        an nn.Conv2d with a filter for each channel
+  gradient_channels_last(x)    x itself, which is faster backward
 
 Letters for shapes: B batch, C channels, H and W height and width, K pivots, M members, N points,
 Y classes, O = 7 operations, E = 14 edges of a cell. Whatever says which operations run has the
@@ -105,13 +108,14 @@ class FactorizedReduce(nn.Module):
         x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
         return self.norm(F.conv2d(x, kernel, stride=2))
 
-def dil_conv(C, taps, stride, affine, dilation=1):
+def separable(C, taps, stride, affine, dilation=1):
     """A filter for each channel, then a 1x1 convolution across the channels."""
     return nn.Sequential(DepthwiseConv(C, taps, stride, dilation), nn.Conv2d(C, C, 1, bias=False),
                          nn.BatchNorm2d(C, affine=affine))
 
 def sep_conv(C, taps, stride, affine):
-    return nn.Sequential(dil_conv(C, taps, stride, affine), nn.ReLU(), dil_conv(C, taps, 1, affine))
+    return nn.Sequential(
+        separable(C, taps, stride, affine), nn.ReLU(), separable(C, taps, 1, affine))
 
 # DARTS's eight operations without "zero", which no finished architecture can hold. Those with
 # parameters get relu(x), the others x. Another operation is another line, and another --out.
@@ -124,8 +128,8 @@ OPERATIONS = {
         nn.Identity() if stride == 1 else FactorizedReduce(C, C, affine)),
     "sep_conv_3x3": lambda C, stride, affine: sep_conv(C, 3, stride, affine),
     "sep_conv_5x5": lambda C, stride, affine: sep_conv(C, 5, stride, affine),
-    "dil_conv_3x3": lambda C, stride, affine: dil_conv(C, 3, stride, affine, dilation=2),
-    "dil_conv_5x5": lambda C, stride, affine: dil_conv(C, 5, stride, affine, dilation=2)}
+    "dil_conv_3x3": lambda C, stride, affine: separable(C, 3, stride, affine, dilation=2),
+    "dil_conv_5x5": lambda C, stride, affine: separable(C, 5, stride, affine, dilation=2)}
 NAMES = list(OPERATIONS)
 
 class MixedOp(nn.Module):
@@ -176,8 +180,8 @@ class Network(nn.Module):
     Of n cells, counted from 0, n // 3 and 2 n // 3 are reduction cells, but never the first. arch:
     None for the supernet, which holds all operations, or a finished architecture, to hold its 16
     alone. affine: whether the cells' batch norm has scale and shift, by default in a finished
-    network only: in the supernet they would undo alpha's. forward: x (B, C_in, H, W); arch
-    (2, E, O), what to run and with which weights, None for all. Returns logits (B, Y).
+    network only: while alpha is searched a scale would undo its weights. forward: x (B, C_in, H,
+    W); arch (2, E, O), what to run and with which weights, None for all. Returns logits (B, Y).
     """
 
     def __init__(self, C_in, classes, C, cells, arch=None, affine=None):
@@ -403,7 +407,7 @@ def train_hypernetwork(net, base_p, data, args):
     search("hyper", net, hyper, args.hyper_lr, args.hyper_steps, propose, data, args)
     return hyper
 
-# ---- 5. Sampling in one shot, and the lambda response: is lambda a dial? -------------------------
+# ---- 5. Sampling, and the lambda response: is lambda a dial? -------------------------------------
 def sample_lambdas(count, lambda_max=1.0):
     """lambda_i = lambda_max * frac(i * golden ratio): spread over [0, lambda_max) for any count.
     More of them keep the first ones, and what is trained. The paper draws at random, with gaps."""
@@ -441,11 +445,11 @@ CHANCE_ENTRIES = sum(2 * 2 * 2 / (node + 2) / len(NAMES) for node in range(NODES
 
 # ---- 6. Members, trained from scratch; and one shot, with weights that all share -----------------
 def train(name, net, epochs, key, data, args, arch_at=lambda step: None, result=dict):
-    """Train a network on all training images: one recipe for every method. AdamW's learning rate
+    """Train a network on the split "both": one recipe for every method. AdamW's learning rate
     rises for a fifth of the steps, then falls to 0. key: names the batches' order; arch_at(step):
     what `net` is to run then; result(): see `resumable`."""
     adam = torch.optim.AdamW(net.parameters(), args.lr, (0.9, 0.99), weight_decay=0.05, fused=True)
-    steps = max(1, epochs * len(data.splits["both"][1]) // args.batch)
+    steps = max(epochs, epochs * len(data.splits["both"][1]) // args.batch)
     net.train()
     for step, losses in resumable(name, steps, {"net": net, "optimizer": adam}, data, args, result):
         rise, fall = step / steps / 0.2 + 0.01, (1 - step / steps) / (1 - 0.2)  # 0.01: not at 0
@@ -462,7 +466,7 @@ def predict(net, images, data):
     net.eval()
     return torch.cat([net(data.normalise(x)).softmax(dim=-1).cpu() for x in images.split(500)])
 
-def finished(net, data):
+def network_state(net, data):
     """What the file of a finished network holds: all for `load_member`, and its probabilities."""
     probs = {split: predict(net, data.splits[split][0], data) for split in ("selection", "test")}
     return probs | {"network": net.config, "net": net.state_dict(), "classes": data.classes,
@@ -477,7 +481,7 @@ def train_member(name, arch, index, data, args):
     in its method's list, which alone decides its initial weights and the order of its batches."""
     key = (args.seed, "member", index)
     net = build(key, data, args.channels, args.cells, arch)
-    train(name, net, args.epochs, key, data, args, result=lambda: finished(net, data))
+    train(name, net, args.epochs, key, data, args, result=lambda: network_state(net, data))
 
 def train_shared(name, hyper, data, args):
     """Train one supernet of the members' size, by their recipe, at a fresh lambda each step: the
@@ -507,7 +511,7 @@ def make_one_shots(names, archs, net, hyper, data, args):
         if not file_of(name, args).exists():
             start, key = time.monotonic(), (args.seed, "recalibration")
             batches = (data.batch("train", 256, step, key, augment=False)[0] for step in range(20))
-            state = finished(one_shot(shared, arch, batches), data)
+            state = network_state(one_shot(shared, arch, batches), data)
             save(file_of(name, args), state | {"seconds": time.monotonic() - start})
     probs = torch.stack([load_network(name, args)["test"] for name in names])
     scores = ensemble_metrics(probs, data.splits["test"][1].cpu())
@@ -516,8 +520,8 @@ def make_one_shots(names, archs, net, hyper, data, args):
 # ---- 7. The ensemble and its metrics -------------------------------------------------------------
 class Ensemble(nn.Module):
     """Step 4 of the method: p(y | x) = mean_m p_m(y | x).
-    members, data: as from `load_member`. forward: images (B, *data.shape) uint8 -> probabilities
-    (B, Y) of data.classes. Raises NesError for others."""
+    members, data: as from `load_member`. forward: images (B, *data.shape) uint8, on the members'
+    device -> probabilities (B, Y) of data.classes. Raises NesError for others."""
 
     def __init__(self, members, data):
         super().__init__()
@@ -526,7 +530,8 @@ class Ensemble(nn.Module):
     def forward(self, images):
         if images.dtype != torch.uint8 or images.shape[1:] != self.data.shape:
             fail(f"images must be uint8 and (B, *{self.data.shape}): see read_image")
-        return torch.stack([predict(net, images, self.data) for net in self.members]).mean(dim=0)
+        probs = {net: predict(net, images, self.data) for net in set(self.members)}
+        return torch.stack([probs[net] for net in self.members]).mean(dim=0)
 
 BINS = 15  # of confidence, for ECE and the reliability picture
 
@@ -580,12 +585,15 @@ def perturb(base, member, *key):
     """The base with as many entries changed at random as `member` has: the control for the dial.
     As many inputs, and of these as many operations, are the base's as member's are."""
     inputs = lambda arch: (arch.sum(dim=-1) * base.sum(dim=-1)).sum(dim=(-2, -1))
-    entries, generator = lambda arch: matched_entries(arch, base), rng(*key)
+    entries = lambda arch: matched_entries(arch, base)
+    generator = rng(*key)
     draw = lambda O: torch.rand(1000, 2, len(EDGES), O, generator=generator)
-    while True:  # a random architecture that keeps an input, or its entry, more or less often
-        stays = draw(1) < inputs(member) / ENTRIES
+    while True:  # a thousand random architectures, which keep an input, or its entry, as often
+        stays = draw(1) < inputs(member) / ENTRIES                           # (1000, 2, E, 1)
         same = draw(1) < entries(member) / inputs(member)
-        leaning = torch.where(stays, 1 + same * base, -1)  # stronger than all others, or weaker
+        # Strengths are in [0, 1]. Plus 1 an edge of the base beats all others, minus 1 none; plus
+        # 2 its operation beats all others on that edge.
+        leaning = torch.where(stays, 1 + same * base, -1)                    # (1000, 2, E, O)
         archs = discretise(draw(len(NAMES)) + leaning * base.sum(dim=-1, keepdim=True))
         alike = (inputs(archs) == inputs(member)) & (entries(archs) == entries(member))
         if alike.any():
@@ -613,10 +621,10 @@ BASELINES = {
     "darts": darts_searches}
 
 # ---- 9. Data: one uint8 tensor, four named splits ------------------------------------------------
-# train       the shared weights learn from it: L_train  } together "both": a member, whose
+# train       a search's weights learn from it: L_train  } together "both": a member, whose
 # validation  alpha and the hypernetwork do: L_val       } architecture is fixed, learns from all
 # selection   chooses between finished networks (NES-RS does, and we did between recipes)
-# test        is looked at once, at the end: one set for two purposes would flatter the result
+# test        gives the scores, and nothing is chosen by it: that would flatter the result
 SHARES = {"train": 0.45, "validation": 0.45, "selection": 0.10}
 # Another data set of torchvision that has .data, .targets and .classes is a line here.
 TORCHVISION = {"fmnist": torchvision.datasets.FashionMNIST, "cifar10": torchvision.datasets.CIFAR10}
@@ -636,7 +644,7 @@ class Data(NamedTuple):
 
     def normalise(self, images):
         """(B, C, H, W) uint8 -> float, mean 0 and std 1 in each channel, channels_last."""
-        x = (images.float() / 255 - self.mean) / self.std
+        x = (images.float() / 255 - self.mean.to(images.device)) / self.std.to(images.device)
         return x.contiguous(memory_format=torch.channels_last)
 
     def batch(self, split, size, step, key, augment=True):
@@ -780,9 +788,9 @@ SETTINGS = [  # name, default, lowest value or the choices, what it is
     ("noise", 0.3, 0, "scale of the Gumbel noise at the start; it falls to 0"),
     # the members, and the shared weights
     ("channels", 16, 2, "channels of a member's first cell"),
-    ("cells", 2, 1, "cells of a member"),
+    ("cells", 2, 2, "cells of a member"),
     ("epochs", 5, 1, "epochs of a member's training"),
-    ("shared-epochs", 5, 0, "epochs of the one-shot weights; 0: the search's own"),
+    ("shared-epochs", 12, 0, "epochs of the one-shot weights; 0: the search's own"),
     ("shared-part", 0.5, 0, "part of the dial, from lambda 0, that is for one shot"),
     ("batch", 64, 2, "images of a step, in searches, too"),
     ("lr", 0.006, 0, "a member's largest learning rate")]
@@ -842,7 +850,7 @@ def rng(*key):
 
 def save(path, state):
     """Write a checkpoint (.pt) or bytes to a Path; a kill leaves the old file or the new one."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.nes{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".pt":
@@ -855,11 +863,13 @@ def save(path, state):
 
 def remove_parts(folder):
     """Remove what a kill or a full disk left of `save`, where its process no longer lives."""
-    for part in Path(folder).rglob("*.part"):
+    for part in Path(folder).rglob("*.nes[0-9]*.part"):
         try:
-            os.kill(int(part.suffixes[-2][1:]), 0)  # sends nothing; raises if that process is gone
-        except OSError:
+            os.kill(int(part.suffixes[-2][4:]), 0)  # sends nothing; raises if that process is gone
+        except ProcessLookupError:
             part.unlink(missing_ok=True)
+        except PermissionError:  # it lives, and is another user's
+            pass
 
 def load(path):
     """What `save` wrote to a .pt or .json file; None where there is none. Raises NesError."""
@@ -886,7 +896,7 @@ def load_network(name, args):
     return load(file_of(name, args))
 
 def check_settings(data, args):
-    """Refuse a run folder of other settings, images or nes.py; else note the settings there."""
+    """Refuse a run folder of other settings, images or operations; else note these there."""
     path = Path(args.out) / "settings.json"
     now = {"version": VERSION, "images": data.digest, "operations": NAMES}
     now |= {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in FREE}
@@ -898,10 +908,11 @@ def check_settings(data, args):
 def resumable(name, steps, parts, data, args, result=dict):
     """The loop under all training: yields (step, losses) for each step that is still to do.
 
-    parts: name -> module or optimizer, loaded from <out>/unfinished/<name>.pt if it is there. The
-    body puts its losses into `losses`. At least 15 times, and every 100 steps, their means become a
-    log row, and that file is written: the parts, "step", "seconds" and "history", a list of
-    {"step": ..., loss: mean}. In the end <out>/<name>.pt holds it without optimizers, and result().
+    parts: name -> module or optimizer, loaded from <out>/<name>.pt or <out>/unfinished/<name>.pt if
+    that is there. The body puts its losses into `losses`. Every 100 steps, or every fifteenth of
+    fewer than 1,500, their means become a log row, and the second file is written: the parts,
+    "step", "seconds" and "history", a list of {"step": ..., loss: mean}. In the end the first holds
+    it without optimizers, and result().
     """
     check_settings(data, args)
     final, unfinished = file_of(name, args), file_of(f"unfinished/{name}", args)
@@ -958,8 +969,8 @@ def load_ensemble(folder, one_shots=0):
     if not 0 <= one_shots <= len(shots):
         fail(f"{folder} has {len(shots)} one-shot networks, not {one_shots}: see --one-shots")
     files = shots[:one_shots] or [member["file"] for member in results["members"]]
-    members, data = zip(*(load_member(Path(folder) / file) for file in files))
-    return Ensemble(members, data[0])
+    loaded = {file: load_member(Path(folder) / file) for file in set(files)}  # one shots repeat
+    return Ensemble([loaded[file][0] for file in files], loaded[files[0]][1])
 
 # ---- 12. Pictures --------------------------------------------------------------------------------
 def plot_cell(axis, entries, base=(), title=""):
@@ -1029,7 +1040,7 @@ def save_pictures(results, labels, args):
 # ---- 13. The run ---------------------------------------------------------------------------------
 # A run is one process or several, ranks of this program. They share nothing but files and a
 # barrier: the first searches, then each trains its part of the networks. What they find does not
-# depend on how many they are.
+# depend on how many they are, if the search has as many threads (torchrun sets OMP_NUM_THREADS=1).
 RANK, WORLD, barrier = 0, 1, lambda: None  # this one, of how many; wait for all of them
 
 def say(text):
@@ -1043,7 +1054,8 @@ def run(args):
     say("settings: " + "  ".join(f"{name}={value}" for name, value in vars(args).items()))
     if RANK > 0:
         barrier()  # the first rank searches, then the others find its files
-    remove_parts(args.out)
+    else:
+        remove_parts(args.out)
     data = load_data(args.dataset, args.data_dir, args.image_size, args.seed, args.device,
                      args.crop, args.mirror)
     net, base_p = base_search("base", data, args)
@@ -1083,10 +1095,12 @@ def deal_out(jobs, data, args):
     the number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if args.device == "cpu" else threads)
-    for name, (function, *arguments) in list(jobs.items())[RANK::WORLD]:
-        if not file_of(name, args).exists():
-            function(*arguments, data, args)
-    torch.set_num_threads(threads)
+    try:
+        for name, (function, *arguments) in list(jobs.items())[RANK::WORLD]:
+            if not file_of(name, args).exists():
+                function(*arguments, data, args)
+    finally:
+        torch.set_num_threads(threads)
     barrier()
 
 def score(method, searches, names, base, data, args):
@@ -1182,7 +1196,8 @@ def main(argv=None):
     try:
         args = parse(argv)
         set_up(args)
-        count = args.workers or torch.get_num_threads()
+        count = min(args.workers or torch.get_num_threads(),
+                    1 + args.samples * (1 + len(args.baselines)))  # how many networks there are
         script = getattr(sys.modules["__main__"], "__file__", __file__)  # ranks import it
         if args.device == "cpu" and WORLD == 1 and count > 1 and os.path.exists(script):
             start_ranks(count, args)

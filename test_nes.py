@@ -380,6 +380,9 @@ def test_members_and_shared_weights_see_all_images_every_epoch_reordered(tmp_pat
     half = set(map(nes.fingerprint, nes.sample(hyper, torch.linspace(0, 0.5, 4001))))
     sampled = {nes.fingerprint(arch) for arch in run[18:]}  # one a step
     assert run[:18] == [None] * 18 and sampled <= half and len(sampled) > 9
+    few = settings(tmp_path / "few", "--epochs", "2", "--batch", "4000")  # more than there are
+    nes.train_member("few", nes.random_architecture(1), 0, TOY, few)
+    assert nes.load_network("few", few)["step"] == 2  # still one an epoch
 
 def test_one_shot_networks_are_the_shared_weights_recalibrated_for_each(finished, tmp_path):
     shared, archs = tiny_net(0), [nes.random_architecture(i) for i in range(2)]
@@ -512,6 +515,10 @@ def test_reloaded_networks_predict_the_same_others_are_refused(finished, tmp_pat
         net, data = nes.load_member(out / file)  # no data set, no settings
         probs = net(data.normalise(images)).softmax(dim=-1)
         assert probs.allclose(nes.load(out / file)["test"], atol=1e-5) and len(data.classes) == 6
+        assert data.normalise(images.to("meta")).device.type == "meta"  # where the images are
+    monkeypatch.setattr(nes, "predict", predict := Mock(wraps=nes.predict))
+    nes.Ensemble([net, net], data)(images)
+    assert predict.call_count == 1  # a network that is there twice runs once
     for count, name, files in ((0, "ensemble", members),
                                (3, "one_shots", results["one_shots"]["files"])):
         probs = torch.stack([nes.load(out / file)["test"] for file in files])
@@ -586,6 +593,17 @@ def test_a_shell_sees_one_sentence_or_nothing(line, words, tmp_path):
     status = {None: 0, "": 141}.get(words, 2)
     assert done.returncode == status and re.fullmatch(error, done.stderr), done
 
+def test_no_more_ranks_than_networks_and_an_error_gives_threads_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(nes, "start_ranks", ranks := Mock())
+    run_tiny(tmp_path, "--workers", "64", "--baselines", "deep", "random")
+    assert ranks.call_args.args[0] == 1 + 2 * 3  # the one-shot networks, two members a method
+    before, fails = torch.get_num_threads(), Mock(side_effect=KeyError)
+    torch.set_num_threads(2)
+    with pytest.raises(KeyError):
+        nes.deal_out({"one": (fails,)}, TOY, settings(tmp_path))
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
 def test_an_interrupt_of_workers(tmp_path):
     slow = command(tmp_path, *"--workers 2 --epochs 1000 --shared-epochs 1000".split())
     process = start(slow, signal.SIG_DFL)
@@ -597,10 +615,12 @@ def test_an_interrupt_of_workers(tmp_path):
 def test_two_starts_in_one_folder_do_no_harm_and_what_a_kill_left_is_removed(finished, tmp_path):
     (out := tmp_path / "run").mkdir()
     for pid in (2**22 + 1, os.getpid()):  # no such process, and one that lives
-        (out / f"x.pt.{pid}.part").write_text("")
+        (out / f"x.pt.nes{pid}.part").write_text("")
+    (out / "film.2019.part").write_text("")  # not ours
     both = [start(command(out, "--baselines", "all"), signal.SIG_DFL) for _ in range(2)]
     assert [process.communicate(timeout=240) and process.returncode for process in both] == [0, 0]
-    assert [path.name for path in out.glob("*.part")] == [f"x.pt.{os.getpid()}.part"]
+    assert {path.name for path in out.glob("*.part")} == {
+        "film.2019.part", f"x.pt.nes{os.getpid()}.part"}
     assert without_times(nes.load(out / "results.json")) == without_times(finished[1])
 
 def test_torchrun_of_two_gives_exactly_what_one_gives_and_another_seed_does_not(finished, tmp_path):

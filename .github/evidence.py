@@ -315,7 +315,7 @@ def tables():
         "scores": scores and score_table(points, SCORES, count_seeds=True),
         "sizes": scores and score_table(points, SIZES),
         "scores, compared": scores and compared_table(points, QUESTIONS, SCORES),
-        "other searches": some and report.report(some, SEARCHES),
+        "other searches": some and report.report(some, SEARCHES, report.COLUMNS),
         "elsewhere": there and score_table(there, ELSEWHERE),
         "elsewhere, compared": there and score_table(there, ELSEWHERE, "five deep"),
         "pairs": pairs and pair_table(pairs),
@@ -324,7 +324,7 @@ def tables():
         "dial": dial and dial_table(dial),
         "ingredients": without and score_table(without, ABLATION),
         "accuracy against lambda": lambda_table([read(path) for path in fmnist]),
-        "CIFAR-10": cifar and report.report(cifar)}
+        "CIFAR-10": cifar and report.report(cifar, (), report.COLUMNS)}
     return {title: text for title, text in found.items() if text}
 
 def collect(out, cifar):

@@ -11,13 +11,14 @@ with_search_of() {         # the same search, not repeated
   cp -u "$1"/{base,hyper}.pt "$2"
 }
 
-main() {                   # the main command's recipe: main SEED BASELINES
-  nes --dataset fmnist --samples 5 --seed $1 --baselines "${@:2}" --out "$out/fmnist-$1"
+main() {                   # the main command, shared weights for 5 epochs: main SEED BASELINES
+  nes --dataset fmnist --samples 5 --shared-epochs 5 --seed $1 --baselines "${@:2}" \
+    --out "$out/fmnist-$1"
 }
 variant() {                # variant SEED NAME VARIANT FILES: nes.py with something left out
   mkdir -p "$out/$2-$1"
   cp -ru "${@:4}" "$out/$2-$1"
-  python "$(dirname "$0")/ablation.py" --run "$3" --seed $1 --out "$out/$2-$1"
+  python "$(dirname "$0")/ablation.py" --run "$3" --shared-epochs 5 --seed $1 --out "$out/$2-$1"
 }
 for seed in 0 1 2 3 4; do
   main $seed single deep perturbed random

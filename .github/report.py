@@ -17,8 +17,8 @@ from pathlib import Path
 # column -> (title, scale, digits)
 COLUMNS = {
     "accuracy": ("accuracy, %", 100, 2), "nll": ("NLL", 1, 4), "ece": ("ECE", 1, 4),
-    "disagreement": ("disagree, %", 100, 2), "member_mean": ("mean member, %", 100, 2),
-    "seconds": ("minutes, search and training", 1 / 60, 0)}
+    "disagreement": ("disagree, %", 100, 2), "member_mean": ("mean member, %", 100, 2)}
+MINUTES = {"seconds": ("minutes, search and training", 1 / 60, 0)}
 # The 97.5 % quantile of Student's t for 1 to 9 degrees of freedom
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -93,14 +93,13 @@ def read_runs(folders):
     return {method: {seed: run[method] for seed, run in runs.items()} for method in run
             if all(method in one for one in runs.values())}
 
-def report(folders, wanted=()):
+def report(folders, wanted=(), columns=COLUMNS | MINUTES):
     """The tables as text, of run folders or saved ledgers: of the wanted methods, or of all."""
     methods = read_runs(folders)
     methods = {method: methods[method] for method in wanted or methods}
-    text = [score_table(methods, COLUMNS)]
+    text = [score_table(methods, columns)]
     if "deep" in methods and 1 < len(folders) <= 1 + len(T_975):
-        compared = {key: column for key, column in COLUMNS.items() if key != "seconds"}
-        text.append(score_table(methods, compared, "deep"))
+        text.append(score_table(methods, COLUMNS, "deep"))
     return "\n\n".join(text)
 
 if __name__ == "__main__":
