@@ -1095,9 +1095,12 @@ def deal_out(jobs, data, args):
     the number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if args.device == "cpu" else threads)
+    busy = [0] * WORLD  # epochs of each rank: the next job is for the one that has fewest
     try:
-        for name, (function, *arguments) in list(jobs.items())[RANK::WORLD]:
-            if not file_of(name, args).exists():
+        for name, (function, *arguments) in jobs.items():
+            rank = busy.index(min(busy))
+            busy[rank] += args.shared_epochs if function == make_one_shots else args.epochs
+            if rank == RANK and not file_of(name, args).exists():
                 function(*arguments, data, args)
     finally:
         torch.set_num_threads(threads)
