@@ -180,8 +180,8 @@ class Network(nn.Module):
     Of n cells, counted from 0, n // 3 and 2 n // 3 are reduction cells, but never the first. arch:
     None for the supernet, which holds all operations, or a finished architecture, to hold its 16
     alone. affine: whether the cells' batch norm has scale and shift, by default in a finished
-    network only: while alpha is searched a scale would undo its weights. forward: x (B, C_in, H,
-    W); arch (2, E, O), what to run and with which weights, None for all. Returns logits (B, Y).
+    network only: in the search's supernet a scale would undo alpha's weighing. forward: x (B, C_in,
+    H, W); arch (2, E, O), what to run and with which weights, None for all. Returns logits (B, Y).
     """
 
     def __init__(self, C_in, classes, C, cells, arch=None, affine=None):
@@ -588,11 +588,11 @@ def perturb(base, member, *key):
     entries = lambda arch: matched_entries(arch, base)
     generator = rng(*key)
     draw = lambda O: torch.rand(1000, 2, len(EDGES), O, generator=generator)
-    while True:  # a thousand random architectures, which keep an input, or its entry, as often
+    while True:  # of a thousand random architectures, which lean to and from the base, one may fit
         stays = draw(1) < inputs(member) / ENTRIES                           # (1000, 2, E, 1)
         same = draw(1) < entries(member) / inputs(member)
-        # Strengths are in [0, 1]. Plus 1 an edge of the base beats all others, minus 1 none; plus
-        # 2 its operation beats all others on that edge.
+        # Strengths are in [0, 1]. On an edge of the base +1 makes it win, -1 makes it lose, and +2
+        # on its operation makes that one win, too.
         leaning = torch.where(stays, 1 + same * base, -1)                    # (1000, 2, E, O)
         archs = discretise(draw(len(NAMES)) + leaning * base.sum(dim=-1, keepdim=True))
         alike = (inputs(archs) == inputs(member)) & (entries(archs) == entries(member))
@@ -1200,7 +1200,7 @@ def main(argv=None):
         args = parse(argv)
         set_up(args)
         count = min(args.workers or torch.get_num_threads(),
-                    1 + args.samples * (1 + len(args.baselines)))  # how many networks there are
+                    1 + args.samples * (1 + len(args.baselines)))  # no more than there is work for
         script = getattr(sys.modules["__main__"], "__file__", __file__)  # ranks import it
         if args.device == "cpu" and WORLD == 1 and count > 1 and os.path.exists(script):
             start_ranks(count, args)

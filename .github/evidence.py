@@ -324,7 +324,7 @@ def tables():
         "dial": dial and dial_table(dial),
         "ingredients": without and score_table(without, ABLATION),
         "accuracy against lambda": lambda_table([read(path) for path in fmnist]),
-        "CIFAR-10": cifar and report.report(cifar, (), report.COLUMNS)}
+        "CIFAR-10": cifar and report.report(cifar, columns=report.COLUMNS)}
     return {title: text for title, text in found.items() if text}
 
 def collect(out, cifar):

@@ -94,7 +94,8 @@ def read_runs(folders):
             if all(method in one for one in runs.values())}
 
 def report(folders, wanted=(), columns=COLUMNS | MINUTES):
-    """The tables as text, of run folders or saved ledgers: of the wanted methods, or of all."""
+    """The tables as text, of run folders or saved ledgers: of the wanted methods, or of all.
+    columns: of the first table; the second, of differences, has no minutes."""
     methods = read_runs(folders)
     methods = {method: methods[method] for method in wanted or methods}
     text = [score_table(methods, columns)]
