@@ -597,18 +597,20 @@ def test_no_more_ranks_than_networks_and_an_error_gives_threads_back(tmp_path, m
     monkeypatch.setattr(nes, "start_ranks", ranks := Mock())
     run_tiny(tmp_path, "--workers", "64", "--baselines", "deep", "random")
     assert ranks.call_args.args[0] == 1 + 2 * 3  # the one-shot networks, two members a method
-    monkeypatch.setattr(nes, "make_one_shots", shots := Mock())
-    monkeypatch.setattr(nes, "WORLD", 2)
-    member, args = Mock(), settings(tmp_path, "--shared-epochs", "12", "--epochs", "5")
-    jobs = {"one-shots": (shots,)} | {f"member {i}": (member, i) for i in range(5)}
-    nes.deal_out(jobs, TOY, args)  # the one-shot networks, and when the other has 15 epochs, one
-    assert shots.called and [call.args[0] for call in member.call_args_list] == [3]
     before, fails = torch.get_num_threads(), Mock(side_effect=KeyError)
     torch.set_num_threads(2)
     with pytest.raises(KeyError):
         nes.deal_out({"one": (fails,)}, TOY, settings(tmp_path))
     assert torch.get_num_threads() == 2
     torch.set_num_threads(before)
+
+def test_the_next_job_is_for_the_rank_with_the_fewest_epochs(tmp_path, monkeypatch):
+    monkeypatch.setattr(nes, "make_one_shots", shots := Mock())
+    monkeypatch.setattr(nes, "WORLD", 2)
+    member, args = Mock(), settings(tmp_path, "--shared-epochs", "12", "--epochs", "5")
+    jobs = {"one-shots": (shots,)} | {f"member {i}": (member, i) for i in range(5)}
+    nes.deal_out(jobs, TOY, args)  # the one-shot networks, and when the other has 15 epochs, one
+    assert shots.called and [call.args[0] for call in member.call_args_list] == [3]
 
 def test_an_interrupt_of_workers(tmp_path):
     slow = command(tmp_path, *"--workers 2 --epochs 1000 --shared-epochs 1000".split())
