@@ -104,28 +104,25 @@ def score_rows(folder, kind, rows, data, args):
 
 # column -> (title, scale, digits)
 SCORES = {"accuracy": ("accuracy, %", 100, 2), "nll": ("NLL", 1, 4),
-          "nll_tempered": ("NLL, one temperature fitted", 1, 4), "ece": ("ECE", 1, 4),
-          "seconds": ("minutes", 1 / 60, 0)}
-SIZES = {"parameters": ("parameters, thousands, without sharing", 1e-3, 0),
-         "multiplications": ("multiplications an image, millions", 1e-6, 1),
-         "temperature": ("temperature", 1, 2), "disagreement": ("disagree, %", 100, 2)}
+          "nll_tempered": ("NLL, tempered", 1, 4), "ece": ("ECE", 1, 4)}
+SIZES = {"parameters": ("parameters, thousands", 1e-3, 0),
+         "multiplications": ("multiplications, millions", 1e-6, 1),
+         "seconds": ("minutes", 1 / 60, 0), "temperature": ("temperature", 1, 2),
+         "disagreement": ("disagree, %", 100, 2)}
 
 def compared_table(points, pairs, columns):
-    """Differences of pairs of lines, paired by the seeds that have both."""
-    columns = report.known(points, {key: columns[key] for key in columns if key != "seconds"})
-    titles = [title.replace("%", "points") for title, _, _ in columns.values()]
-    lines = [["difference", "seeds", *titles]]
-    for one, other in pairs:
-        if one in points and other in points:
-            seeds = {seed: row for seed, row in points[one].items() if seed in points[other]}
-            lines.append([f"{one} - {other}", str(len(seeds)), *(
-                paired(seeds, points[other], key, scale, places)
-                for key, (_, scale, places) in columns.items())])
+    """Differences of pairs of lines, paired by seed."""
+    lines = [["difference", *(title.replace("%", "points") for title, _, _ in columns.values())]]
+    lines += [[f"{one} - {other}", *(paired(points[one], points[other], key, scale, places)
+                                     for key, (_, scale, places) in columns.items())]
+              for one, other in pairs if one in points and other in points]
     return markdown(lines)
 
 DEEP, OURS = "five deep, 25", "five of ours, 25"  # epochs
+SIZED = ("one network, 12", "one wide network, 6", "one shot of 20, 12", DEEP, OURS,
+         "five perturbed, 25", "five random, 25")
 QUESTIONS = [(OURS, DEEP), (OURS, "five perturbed, 25"), (OURS, "five random, 25"),
-             (DEEP, "one network, 20"), (OURS, "one network, 20"), (OURS, "one wide network, 6"),
+             (DEEP, "one network, 20"), (OURS, "one wide network, 6"),
              *((f"one shot of 20, {epochs}", f"one network, {epochs}") for epochs in (5, 12, 20)),
              *((f"one shot of 20, {epochs}", "two deep, 10") for epochs in (12, 20))]
 
@@ -310,10 +307,14 @@ def tables():
     saved = {name: read(SAVED / f"{name}.csv") for name in FILES}
     scores, elsewhere, pairs, control, dial, ablation = saved.values()
     points, there = lines_of(scores, "method", "epochs"), lines_of(elsewhere, "method")
+    complete = set.intersection(*map(set, points.values())) if points else ()
+    points = {title: {seed: seeds[seed] for seed in sorted(complete)}
+              for title, seeds in points.items()}
     controls, without = lines_of(control, "method"), lines_of(ablation, "without")
     found = {
-        "scores": scores and score_table(points, SCORES, count_seeds=True),
-        "sizes": scores and score_table(points, SIZES),
+        "scores": scores and score_table(points, SCORES),
+        "sizes": scores and score_table(
+            {title: points[title] for title in SIZED if title in points}, SIZES),
         "scores, compared": scores and compared_table(points, QUESTIONS, SCORES),
         "other searches": some and report.report(some, SEARCHES, report.COLUMNS),
         "elsewhere": there and score_table(there, ELSEWHERE),
@@ -353,6 +354,7 @@ def collect(out, cifar):
             foreign = foreign_images(cifar, data.shape) if foreign is None else foreign
             files["elsewhere"] += elsewhere_rows(folder, rows, data, foreign)
             files["pairs"] += pair_rows(folder, rows, data.splits["test"][1])
+    files["scores"].sort(key=lambda row: int(row["epochs"]))
     for name, rows in files.items():
         if rows:
             report.write(SAVED / f"{name}.csv", rows)

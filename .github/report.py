@@ -60,15 +60,15 @@ def known(methods, columns):
     rows = [row for seeds in methods.values() for row in seeds.values()]
     return {key: columns[key] for key in columns if all(key in row for row in rows)}
 
-def score_table(methods, columns, other=None, count_seeds=False):
+def score_table(methods, columns, other=None):
     """A line a method: each column's mean and deviation over the seeds, or differences to `other`.
     methods: method -> seed -> row; columns: as COLUMNS."""
     columns = known(methods, columns)
-    lines = [[f"minus {other}" if other else "method", *["seeds"] * count_seeds, *(
+    lines = [[f"minus {other}" if other else "method", *(
         title.replace("%", "points") if other else title for title, _, _ in columns.values())]]
     for method, seeds in methods.items():
         if method != other:
-            lines.append([method, *[str(len(seeds))] * count_seeds, *(
+            lines.append([method, *(
                 paired(seeds, methods[other], key, scale, places) if other else
                 mean_std([scale * float(row[key]) for row in seeds.values()], places)
                 for key, (_, scale, places) in columns.items())])
