@@ -55,11 +55,12 @@ def lines_of(rows, *keys):
 # ---- Scores: what to choose with a budget of epochs ----------------------------------------------
 
 SHOT = [("one network", "single", 1), ("one shot of 20", "one-shot of 20", 20)]
+LONG = [*SHOT, ("base in one shot", "one-shot of 20", 1)]
 RUNS = {  # kind of run -> its ensembles: title, method, how many of its first networks
     "fmnist": [*SHOT, ("two deep", "deep", 2), ("two of ours", "ours", 2), ("five deep", "deep", 5),
                ("five of ours", "ours", 5), ("five perturbed", "perturbed", 5),
                ("five random", "random", 5)],
-    "epochs-12": SHOT, "epochs-20": SHOT, "wide": [("one wide network", "single", 1)]}
+    "epochs-12": LONG, "epochs-20": LONG, "wide": [("one wide network", "single", 1)]}
 
 def tempered_nll(probs, labels, T):
     """NLL of p^(1/T), normalised; p: the ensemble's mean of probs (M, N, Y)."""
@@ -124,7 +125,7 @@ SIZED = ("one network, 12", "one wide network, 6", "one shot of 20, 12", DEEP, O
 QUESTIONS = [(OURS, DEEP), (OURS, "five perturbed, 25"), (OURS, "five random, 25"),
              (DEEP, "one network, 20"), (OURS, "one wide network, 6"),
              *((f"one shot of 20, {epochs}", f"one network, {epochs}") for epochs in (5, 12, 20)),
-             *((f"one shot of 20, {epochs}", "two deep, 10") for epochs in (12, 20))]
+             ("one shot of 20, 12", "base in one shot, 12"), ("one shot of 20, 12", "two deep, 10")]
 
 def plot_compute(points, path):
     """Accuracy and NLL against epochs of training, a wide network's by its multiplications."""
@@ -266,7 +267,7 @@ def control_row(folder, kind, rows, results, data):
 
 # ---- The dial, and its ingredients ---------------------------------------------------------------
 
-ABLATION = {"calibration_error": ("calibration error", 1, 3), "spearman": ("Spearman", 1, 3),
+ABLATION = {"calibration_error": ("calibration error", 1, 3),
             "one_shot_selection": ("one shot, selection split, %", 100, 1)}
 TENTHS = [f"{t / 10:.1f}" for t in range(11)]
 
@@ -307,7 +308,7 @@ def tables():
     saved = {name: read(SAVED / f"{name}.csv") for name in FILES}
     scores, elsewhere, pairs, control, dial, ablation = saved.values()
     points, there = lines_of(scores, "method", "epochs"), lines_of(elsewhere, "method")
-    complete = set.intersection(*map(set, points.values())) if points else ()
+    complete = set.intersection(*map(set, points.values())) if points else ()  # their seeds
     points = {title: {seed: seeds[seed] for seed in sorted(complete)}
               for title, seeds in points.items()}
     controls, without = lines_of(control, "method"), lines_of(ablation, "without")

@@ -4,8 +4,8 @@
 
 A saved ledger will do in place of a run folder: .github/ledger/fmnist-0.csv
 Mean and standard deviation of each method's ensemble; then each method's differences to the deep
-ensemble, paired by seed, with the 95 % interval of Student's t: an interval over zero shows
-nothing. What else a ledger has is left out.
+ensemble, paired by seed, with the 95 % interval of Student's t: an interval that contains
+zero shows nothing. What else a ledger has is left out.
 """
 import csv
 import json
@@ -17,7 +17,7 @@ from pathlib import Path
 # column -> (title, scale, digits)
 COLUMNS = {
     "accuracy": ("accuracy, %", 100, 2), "nll": ("NLL", 1, 4), "ece": ("ECE", 1, 4),
-    "disagreement": ("disagree, %", 100, 2), "member_mean": ("mean member, %", 100, 2)}
+    "disagreement": ("disagree, %", 100, 2)}
 MINUTES = {"seconds": ("minutes, search and training", 1 / 60, 0)}
 # The 97.5 % quantile of Student's t for 1 to 9 degrees of freedom
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
