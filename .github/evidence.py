@@ -162,6 +162,7 @@ ELSEWHERE = {
     "noise": ("noise, %", 100, 1), "blur": ("blur, %", 100, 1),
     "contrast": ("less contrast, %", 100, 1), "rotation": ("rotation, %", 100, 1),
     "shifted_nll": ("NLL, shifted", 1, 3), "auroc": ("AUROC, foreign images", 1, 3)}
+APART = {key: ELSEWHERE[key] for key in ("shifted_nll", "auroc")}
 
 def auroc(inside, outside):
     """The probability that a value of `outside` is larger than one of `inside`; ties count half."""
@@ -286,16 +287,6 @@ def dial_table(rows):
                       mean_std(errors, 3)])
     return markdown(lines)
 
-def lambda_table(ledgers):
-    """Accuracy of our trained members against lambda, over the seeds."""
-    points = by((row for rows in ledgers for row in rows
-                 if row["method"] == "ours" and row["lambda"]), "lambda")
-    lines = [["lambda", "entries of 16", "accuracy, %"]]
-    lines += [[f"{float(lam):.3f}", f"{mean(found, 'entries'):.1f}", mean_std(
-        [100 * float(row["accuracy"]) for row in found], 2)]
-              for (lam,), found in sorted(points.items())]
-    return markdown(lines)
-
 # ---- All of it -----------------------------------------------------------------------------------
 
 SAVED, SEARCHES = HERE / "ledger", ("deep", "ours", "random", "nes-rs", "darts")
@@ -319,13 +310,11 @@ def tables():
         "scores, compared": scores and compared_table(points, QUESTIONS, SCORES),
         "other searches": some and report.report(some, SEARCHES, report.COLUMNS),
         "elsewhere": there and score_table(there, ELSEWHERE),
-        "elsewhere, compared": there and score_table(there, ELSEWHERE, "five deep"),
+        "elsewhere, compared": there and score_table(there, APART, "five deep"),
         "pairs": pairs and pair_table(pairs),
-        "control": controls and score_table(controls, CONTROL),
         "control, compared": controls and score_table(controls, CONTROL, "with L_val"),
         "dial": dial and dial_table(dial),
         "ingredients": without and score_table(without, ABLATION),
-        "accuracy against lambda": lambda_table([read(path) for path in fmnist]),
         "CIFAR-10": cifar and report.report(cifar, columns=report.COLUMNS)}
     return {title: text for title, text in found.items() if text}
 
