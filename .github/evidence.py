@@ -162,7 +162,7 @@ ELSEWHERE = {
     "noise": ("noise, %", 100, 1), "blur": ("blur, %", 100, 1),
     "contrast": ("less contrast, %", 100, 1), "rotation": ("rotation, %", 100, 1),
     "shifted_nll": ("NLL, shifted", 1, 3), "auroc": ("AUROC, foreign images", 1, 3)}
-APART = {key: ELSEWHERE[key] for key in ("shifted_nll", "auroc")}
+ELSEWHERE_COMPARED = {key: ELSEWHERE[key] for key in ("shifted_nll", "auroc")}
 
 def auroc(inside, outside):
     """The probability that a value of `outside` is larger than one of `inside`; ties count half."""
@@ -299,8 +299,9 @@ def tables():
     saved = {name: read(SAVED / f"{name}.csv") for name in FILES}
     scores, elsewhere, pairs, control, dial, ablation = saved.values()
     points, there = lines_of(scores, "method", "epochs"), lines_of(elsewhere, "method")
-    complete = set.intersection(*map(set, points.values())) if points else ()  # their seeds
-    points = {title: {seed: seeds[seed] for seed in sorted(complete)}
+    # only the seeds that all lines have, so that the lines can be compared
+    common = set.intersection(*map(set, points.values())) if points else ()
+    points = {title: {seed: seeds[seed] for seed in sorted(common)}
               for title, seeds in points.items()}
     controls, without = lines_of(control, "method"), lines_of(ablation, "without")
     found = {
@@ -310,7 +311,7 @@ def tables():
         "scores, compared": scores and compared_table(points, QUESTIONS, SCORES),
         "other searches": some and report.report(some, SEARCHES, report.COLUMNS),
         "elsewhere": there and score_table(there, ELSEWHERE),
-        "elsewhere, compared": there and score_table(there, APART, "five deep"),
+        "elsewhere, compared": there and score_table(there, ELSEWHERE_COMPARED, "five deep"),
         "pairs": pairs and pair_table(pairs),
         "control, compared": controls and score_table(controls, CONTROL, "with L_val"),
         "dial": dial and dial_table(dial),

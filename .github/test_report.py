@@ -172,6 +172,14 @@ def test_changes_at_random_are_as_many(tmp_path):
     assert torch.equal(found[1], nes.perturb(base, dial[1], 7, "perturbed", 1))
     assert not torch.equal(sample(hyper, [0.8])[0], found[1])
 
+def test_scores_are_of_the_seeds_that_all_lines_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "SAVED", tmp_path)
+    report.write(tmp_path / "scores.csv", [
+        {"method": method, "epochs": 5, "seed": seed, "accuracy": accuracy}
+        for method, seed, accuracy in (("a", 0, 0.8), ("a", 1, 0.9), ("b", 1, 0.7))])
+    text = evidence.tables()["scores"]
+    assert "| a, 5 | 90.00 |" in text and "| b, 5 | 70.00 |" in text
+
 def test_the_tables_of_results_are_those_of_the_ledgers():
     text = (Path(__file__).parent / "results.md").read_text()
     tables = evidence.tables()
