@@ -19,9 +19,9 @@ Results are in the run's folder, --out. The same command goes on where it was st
 Sections 1 to 8 are the method; 9 to 14 carry it and can wait: data, settings, keeping work,
 pictures, the run, CPU kernels. From these the method uses
   rng(*key)            a random generator that depends on `key` alone
-  resumable(name, ..)  the loop under all training, with log rows and checkpoints
-  save, load           files of a run folder; file_of, load_network: those of a phase or a network
-  deal_out(jobs, ..)   does the jobs, each process its part
+  Progress(name, ..)   log rows and checkpoints of a training loop, which goes on after a kill
+  save, load           files; file_of, load_finished: those of a finished search or network
+  RANK, WORLD, barrier()   which process this is, of how many; wait for all of them
   fail(sentence)       an error, for the user to read
   DepthwiseConv        an nn.Conv2d with a filter for each channel
   gradient_channels_last(x)    x itself, which is faster backward
@@ -31,7 +31,9 @@ Y classes, O = 7 operations, E = 14 edges of a cell. Whatever says which operati
 shape (2, E, O), first the normal cell, then the reduction cell.
 """
 import argparse
+import contextlib
 import csv
+import ctypes
 import gzip
 import hashlib
 import io
@@ -42,6 +44,7 @@ import os
 import signal
 import sys
 import time
+import unicodedata
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -82,11 +85,6 @@ def genotype(arch):
     return {kind: [[NAMES[o], EDGES[e][0]] for e, o in cell.nonzero().tolist()]
             for kind, cell in zip(KINDS, arch)}
 
-def count_operations(arch):
-    """name -> how often a finished architecture has it, both cells together."""
-    counts = arch.sum(dim=(0, 1)).long().tolist()
-    return {name: count for name, count in zip(NAMES, counts) if count}
-
 def matched_entries(arch, base):
     """How many entries of finished architectures (..., 2, E, O) are the base's (2, E, O)."""
     return (arch * base).flatten(-base.dim()).sum(dim=-1).long()
@@ -117,8 +115,10 @@ def sep_conv(C, taps, stride, affine):
     return nn.Sequential(
         separable(C, taps, stride, affine), nn.ReLU(), separable(C, taps, 1, affine))
 
-# DARTS's eight operations without "zero", which no finished architecture can hold. Those with
-# parameters get relu(x), the others x. Another operation is another line, and another --out.
+# DARTS's operations. Its eighth, "zero", only weighs an edge down while it searches; a finished
+# architecture never has it, so it is left out. Operations with parameters are given relu(x), the
+# others x. Departure from DARTS: pools keep their batch norm in finished networks, too. A new
+# operation is a line here; start it in a new --out, since the files of a run hold alpha's shape.
 OPERATIONS = {
     "max_pool_3x3": lambda C, stride, affine: nn.Sequential(
         nn.MaxPool2d(3, stride, 1), nn.BatchNorm2d(C, affine=False)),
@@ -143,9 +143,9 @@ class MixedOp(nn.Module):
         self.rectified = {name for name, op in self.ops.items() if list(op.parameters())}
 
     def forward(self, x, weights=None):
-        run = self.ops if weights is None else [NAMES[o] for o in weights.nonzero()]
-        rectified, total = F.relu(x) if self.rectified.intersection(run) else x, 0
-        for name in run:
+        names = self.ops if weights is None else [NAMES[o] for o in weights.nonzero()]
+        rectified, total = F.relu(x) if self.rectified.intersection(names) else x, 0
+        for name in names:
             y = self.ops[name](rectified if name in self.rectified else x)
             total = total + (y if weights is None else weights[NAMES.index(name)] * y)
         return total
@@ -232,7 +232,8 @@ def second_order_loss(net, w_batch, a_batch, arch, xi):
 def search_step(net, arch, penalty, w_batch, a_batch, w_optimizer, a_optimizer, second_order=False):
     """A step on the weights w, then one on the parameters that made `arch` (DARTS, algorithm 1).
     arch: (2, E, O), differentiable in the parameters of a_optimizer; penalty: added to L_val;
-    batches: (x, y). Returns the losses. Unlike in DARTS w steps first."""
+    batches: (x, y). Returns the losses. Departures from DARTS: w steps first, and so the second
+    order looks ahead from the w that has just stepped, by one more step on the same w_batch."""
     (x, y), (x_val, y_val) = w_batch, a_batch
     train_loss = F.cross_entropy(net(x, arch.detach()), y)
     w_optimizer.zero_grad()
@@ -250,29 +251,33 @@ def search_step(net, arch, penalty, w_batch, a_batch, w_optimizer, a_optimizer, 
     a_optimizer.step()
     return {"train": train_loss, "validation": loss, "penalty": torch.as_tensor(penalty)}
 
-def search(name, net, logits, rate, steps, propose, data, args, second_order=False):
+def search(name, net, architecture, rate, steps, propose, data, args, second_order=False):
     """The loop of both searches: `search_step` on a batch of either split.
-    logits: the module with alpha's parameters; propose(step): (arch, penalty), differentiable in
-    them. Departures from DARTS: Adam's learning rate falls, too, and it has no weight decay."""
+    architecture: the module whose parameters give alpha; propose(step): (arch, penalty),
+    differentiable in them. Departures from DARTS: Adam's rate falls, too; it has no weight decay.
+    """
     w_optimizer = torch.optim.SGD(net.parameters(), args.search_lr, 0.9, weight_decay=3e-4)
-    a_optimizer = torch.optim.Adam(logits.parameters(), rate, (0.5, 0.999))
-    parts = dict(net=net, architecture=logits, w_optimizer=w_optimizer, a_optimizer=a_optimizer)
+    a_optimizer = torch.optim.Adam(architecture.parameters(), rate, (0.5, 0.999))
+    progress = Progress(name, steps, {"net": net, "architecture": architecture,
+                        "w_optimizer": w_optimizer, "a_optimizer": a_optimizer}, data, args)
     net.train()
-    for step, losses in resumable(name, steps, parts, data, args):
+    for step in range(progress.done, steps):
         batches = [data.batch(split, args.batch, step, (args.seed, name, split))
                    for split in ("train", "validation")]
         for optimizer, lr in ((w_optimizer, args.search_lr), (a_optimizer, rate)):
             optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
-        losses |= search_step(net, *propose(step), *batches, w_optimizer, a_optimizer, second_order)
+        losses = search_step(net, *propose(step), *batches, w_optimizer, a_optimizer, second_order)
+        progress.log(step, **losses)
+    progress.finish()
 
 def base_search(name, data, args):
     """Step 1 of the method: DARTS trains a supernet and alpha; returns it and softmax(alpha)."""
     net = build((args.seed, name), data, args.search_channels, cells=2)  # a cell of either kind
     alpha = 1e-3 * torch.randn(2, len(EDGES), len(NAMES), generator=rng(args.seed, name))
-    logits = nn.ParameterDict({"alpha": alpha})
-    search(name, net, logits, args.alpha_lr, args.base_steps,
-           lambda step: (logits["alpha"].softmax(dim=-1), 0.0), data, args, args.second_order)
-    return net, logits["alpha"].detach().softmax(dim=-1)
+    architecture = nn.ParameterDict({"alpha": alpha})
+    search(name, net, architecture, args.alpha_lr, args.base_steps,
+           lambda step: (architecture["alpha"].softmax(dim=-1), 0.0), data, args, args.second_order)
+    return net, architecture["alpha"].detach().softmax(dim=-1)
 
 # ---- 4. The Jensen-Shannon divergence and the hypernetwork ---------------------------------------
 # What is trained: at a lambda the hypernetwork gives logits; with some noise they become p, and a
@@ -293,7 +298,7 @@ def jensen_shannon(p, q):
     tiny = torch.finfo(p.dtype).tiny
     m = (p + q) / 2
     kl = lambda a: (a * (a.clamp_min(tiny).log() - m.clamp_min(tiny).log())).sum(dim=-1)
-    return (kl(p) + kl(q)) / 2
+    return ((kl(p) + kl(q)) / 2).clamp_min(0)  # rounding may leave -1e-7 where p is nearly q
 
 def divergence(arch, base):
     """JSd of finished architectures to the base, mean over the base's 16 entries: 0 to ln 2 nats.
@@ -322,6 +327,7 @@ def diversity_loss(arch, p, base, lam, strength=30.0):
     share = 1 - sum(base * arch) / sum(base) = divergence(arch, base) / ln 2, straight through: its
     gradient in p is a constant at every entry of the base (JSd's own is infinite there).
     arch = discretise(p); p (..., 2, E, O); base (2, E, O), 0/1; lam (...). Returns (...).
+    With another term here or below use a new --out: a folder's hyper.pt would not be trained again.
     Departure from the paper, whose term is below. Its authors' later code (intsystems/
     2023-Project-120) has a square, too: of lambda less the number of common edges, relaxed.
     """
@@ -330,7 +336,8 @@ def diversity_loss(arch, p, base, lam, strength=30.0):
 
 def paper_diversity_loss(p, smoothed_base, lam):
     """- lambda JSd(alpha*, alpha(lambda)), mean over all edges: the paper's term.
-    p: (2, E, O), softmax(alpha(lambda)), without noise; smoothed_base: alpha*, from `smooth`."""
+    p: (..., 2, E, O), softmax(alpha(lambda)), without noise; smoothed_base: (2, E, O), alpha*, from
+    `smooth`; lam: (...). Returns (...)."""
     return -lam * jensen_shannon(smoothed_base, p).mean(dim=(-2, -1))
 
 TAU = 0.1  # smoothing of the base where it becomes logits, and in the paper's term
@@ -373,7 +380,7 @@ DRAWS = 16       # lambdas of a step: the network runs at the first, diversity i
 OVERSHOOT = 0.1  # lambda is drawn from a range this much longer at both ends, and then clamped
 
 def draw_lambdas(count, lambda_max, generator):
-    """Lambdas to train at; the overshoot lets the end pivots be met as often as the others."""
+    """Lambdas to train at; the overshoot has the end pivots trained as often as the others."""
     u = torch.rand(count, generator=generator)
     return lambda_max * ((1 + 2 * OVERSHOOT) * u - OVERSHOOT).clamp(0, 1)
 
@@ -386,11 +393,12 @@ def train_hypernetwork(net, base_p, data, args):
     """Step 2 of the method: min over the tables a of E_lambda [L_val(w, arch) + diversity_loss].
 
     net: the supernet, warm from the base search; base_p: (2, E, O), softmax(alpha) of that search.
-    Returns the HyperNetwork. Departures: the pivots start at the base (softer with the paper's
-    term, which an edge could also raise by becoming surer of the base's operation); a step runs one
-    finished architecture, as will be sampled; the diversity of 15 more makes the dial steadier.
+    Returns the HyperNetwork. Departures: all pivots start at the base; a step runs one finished
+    architecture, as will be sampled; the diversity of 15 more makes the dial steadier.
     """
     base, paper = discretise(base_p), args.objective == "paper"
+    # The paper's term grows on either side of alpha*: as an edge leaves the base's operation, and
+    # as it becomes surer of it than alpha* is. A start softer than alpha* leads to the first.
     hyper = HyperNetwork(smooth(base_p, 0.3 if paper else TAU).log(), args.pivots, args.lambda_max)
 
     def propose(step):
@@ -417,48 +425,45 @@ def sample(hyper, lambdas):
     """Step 3 of the method: the finished architectures (M, 2, E, O) at M lambdas, a look-up."""
     return discretise(hyper(lambdas).softmax(dim=-1))
 
-def describe(hyper, base_p, lambdas):
-    """What `sample` gives at each lambda, for JSON; jsd: `divergence` to the base / ln 2."""
-    base = discretise(base_p)
-    return [{"lambda": lam, "matched_entries": matched_entries(arch, base).item(),
-             "jsd": divergence(arch, base).item() / math.log(2), "genotype": genotype(arch)}
-            for lam, arch in zip(lambdas, sample(hyper, lambdas))]
+def lambda_response(hyper, base_p, lambdas=None):
+    """What `sample` gives at each lambda, by default at eleven from 0 to lambda_max, for JSON.
 
-def lambda_response(hyper, base_p, lambda_max=1.0, count=11):
-    """`describe` on a grid of lambda, and two numbers that say how well lambda is obeyed.
-
-    spearman: rank correlation of lambda and matched entries, ideally -1. calibration_error: mean
-    |matched / 16 - (1 - lambda)|, ideally 0; whole entries allow .014 at 11 points. A lambda_max
-    above 1, of the paper's term, stands for 1.
+    points: the genotype; entries, how many are the base's; share, of those that are not,
+    `divergence` / ln 2. dial_error: mean |share - lambda|, ideally 0; whole entries allow .014 at
+    eleven. A lambda_max above 1, as the paper's term may have, is the unit of lambda there.
     """
-    points = describe(hyper, base_p, torch.linspace(0, lambda_max, count).tolist())
-    lam = torch.tensor([point["lambda"] for point in points], dtype=torch.double)
-    matched = torch.tensor([point["matched_entries"] for point in points], dtype=torch.double)
-    # Ranks, equal values sharing theirs: how many are smaller, and half of those that are equal.
-    ranks = lambda v: ((v[:, None] > v).double() + (v[:, None] == v).double() / 2).sum(dim=1)
-    correlation = torch.corrcoef(torch.stack([ranks(lam), ranks(matched)]))[0, 1].nan_to_num()
-    error = (matched / ENTRIES - 1 + lam / max(1, lambda_max)).abs().mean()
-    return {"points": points, "spearman": correlation.item(), "calibration_error": error.item()}
+    base, lambda_max = discretise(base_p), hyper.pivots[-1].item()
+    lambdas = torch.linspace(0, lambda_max, 11).tolist() if lambdas is None else lambdas
+    points = [{"lambda": lam, "entries": matched_entries(arch, base).item(),
+               "share": divergence(arch, base).item() / math.log(2), "genotype": genotype(arch)}
+              for lam, arch in zip(lambdas, sample(hyper, lambdas))]
+    errors = [abs(point["share"] - point["lambda"] / max(1, lambda_max)) for point in points]
+    return {"points": points, "dial_error": sum(errors) / len(errors)}
 
-# How many of the base's 16 entries a random architecture has: 1.5
+# How many of the base's 16 entries a random architecture has: 1.5. In both cells it draws each of
+# the base's two inputs of node n with probability 2 / (n + 2), and its operation with 1 / O.
 CHANCE_ENTRIES = sum(2 * 2 * 2 / (node + 2) / len(NAMES) for node in range(NODES))
 
 # ---- 6. Members, trained from scratch; and one shot, with weights that all share -----------------
-def train(name, net, epochs, key, data, args, arch_at=lambda step: None, result=dict):
+def train(name, net, epochs, key, data, args, arch_at=lambda step: None):
     """Train a network on the split "both": one recipe for every method. AdamW's learning rate
     rises for a fifth of the steps, then falls to 0. key: names the batches' order; arch_at(step):
-    what `net` is to run then; result(): see `resumable`."""
+    what `net` is to run then. Returns the `Progress`, which the caller finishes."""
     adam = torch.optim.AdamW(net.parameters(), args.lr, (0.9, 0.99), weight_decay=0.05, fused=True)
     steps = max(epochs, epochs * len(data.splits["both"][1]) // args.batch)
+    progress = Progress(name, steps, {"net": net, "optimizer": adam}, data, args)
     net.train()
-    for step, losses in resumable(name, steps, {"net": net, "optimizer": adam}, data, args, result):
-        rise, fall = step / steps / 0.2 + 0.01, (1 - step / steps) / (1 - 0.2)  # 0.01: not at 0
+    for step in range(progress.done, steps):
+        # Without the 0.01 the first step's rate would be 0
+        rise, fall = step / steps / 0.2 + 0.01, (1 - step / steps) / (1 - 0.2)
         adam.param_groups[0]["lr"] = args.lr * min(rise, fall)
         x, y = data.batch("both", args.batch, step, key)
-        losses["train"] = F.cross_entropy(net(x, arch_at(step)), y)
+        loss = F.cross_entropy(net(x, arch_at(step)), y)
         adam.zero_grad()
-        losses["train"].backward()
+        loss.backward()
         adam.step()
+        progress.log(step, train=loss)
+    return progress
 
 @torch.no_grad()
 def predict(net, images, data):
@@ -481,7 +486,8 @@ def train_member(name, arch, index, data, args):
     in its method's list, which alone decides its initial weights and the order of its batches."""
     key = (args.seed, "member", index)
     net = build(key, data, args.channels, args.cells, arch)
-    train(name, net, args.epochs, key, data, args, result=lambda: network_state(net, data))
+    progress = train(name, net, args.epochs, key, data, args)
+    progress.finish(**network_state(net, data))
 
 def train_shared(name, hyper, data, args):
     """Train one supernet of the members' size, by their recipe, at a fresh lambda each step: the
@@ -489,33 +495,27 @@ def train_shared(name, hyper, data, args):
     served: the fewer architectures share the weights, the better these are for each."""
     key, top = (args.seed, name), args.shared_part * args.lambda_max
     net = build(key, data, args.channels, args.cells, affine=True)
-    train(name, net, args.shared_epochs, key, data, args, lambda step: sample(
+    progress = train(name, net, args.shared_epochs, key, data, args, lambda step: sample(
         hyper, draw_lambdas(1, top, rng(*key, step)))[0])
+    progress.finish()
     return net
 
 def one_shot(shared, arch, batches):
     """A finished network with the shared weights of its operations: no training at all.
     shared: a supernet; arch: (2, E, O), 0/1; batches: normalised images, on which batch norm's
-    statistics are taken anew, since they differ between architectures."""
+    statistics are computed again, since they differ between architectures."""
     net, weights = Network(**shared.config | {"arch": arch}), shared.state_dict()
     net.load_state_dict({name: weights[name] for name in net.state_dict()})
     net.to(next(shared.parameters()).device)
     torch.optim.swa_utils.update_bn(batches, net)  # the plain average over them
     return net.eval()
 
-def make_one_shots(names, archs, net, hyper, data, args):
-    """The one-shot networks of architectures, <out>/<name>.pt, and their scores as an ensemble.
-    net: the search's supernet, whose weights serve where --shared-epochs is 0."""
-    shared = train_shared("shared", hyper, data, args) if args.shared_epochs else net
-    for name, arch in zip(names, archs):
-        if not file_of(name, args).exists():
-            start, key = time.monotonic(), (args.seed, "recalibration")
-            batches = (data.batch("train", 256, step, key, augment=False)[0] for step in range(20))
-            state = network_state(one_shot(shared, arch, batches), data)
-            save(file_of(name, args), state | {"seconds": time.monotonic() - start})
-    probs = torch.stack([load_network(name, args)["test"] for name in names])
-    scores = ensemble_metrics(probs, data.splits["test"][1].cpu())
-    print_table([{"one-shot of": len(names), **scores}], ["one-shot of", *scores])
+def make_one_shot(name, shared, arch, data, args):
+    """The one-shot network of an architecture; <out>/<name>.pt holds it then."""
+    start, key = time.monotonic(), (args.seed, "recalibration")
+    batches = (data.batch("train", 256, step, key, augment=False)[0] for step in range(20))
+    state = network_state(one_shot(shared, arch, batches), data)
+    save(file_of(name, args), state | {"seconds": time.monotonic() - start})
 
 # ---- 7. The ensemble and its metrics -------------------------------------------------------------
 class Ensemble(nn.Module):
@@ -542,7 +542,7 @@ def confidence_bins(confidence):
 def ensemble_metrics(probs, labels):
     """Metrics of the ensemble p = mean_m p_m; for one network give it probs (1, N, Y).
 
-    probs: (M, N, Y); labels: (N,). Returns a dict of floats:
+    probs: (M, N, Y); labels: (N,). Raises ValueError for other than probabilities. Returns floats:
         accuracy            share of points with argmax p = y
         nll                 - mean log p(y), nats: first the average, then the logarithm
         brier               mean over points of sum_k (p_k - 1[y = k])^2, in [0, 2]
@@ -554,10 +554,13 @@ def ensemble_metrics(probs, labels):
     A new metric is a line here: tables, ledger.csv and results.json follow.
     """
     probs = probs.double()
+    if not (probs.min() >= 0 and ((probs.sum(dim=-1) - 1).abs() < 0.01).all()):
+        raise ValueError("probs must be probabilities, of logits the softmax, and without NaN")
     p, votes = probs.mean(dim=0), probs.argmax(dim=-1)                             # (N, Y), (M, N)
     (M, N), (confidence, choice) = votes.shape, p.max(dim=-1)
     gaps = confidence_bins(confidence).bincount(confidence - (choice == labels).double(), BINS)
-    agree = F.one_hot(votes, p.shape[-1]).sum(dim=0).square().sum().item()  # of N M^2 pairs
+    # How many of the N M^2 (point, member, member) agree; in N M of these a member meets itself
+    agree = F.one_hot(votes, p.shape[-1]).sum(dim=0).square().sum().item()
     entropy = lambda q: torch.special.entr(q).sum(dim=-1).mean(dim=-1)
     return {"accuracy": (choice == labels).double().mean().item(),
             "nll": F.nll_loss(p.clamp_min(1e-12).log(), labels).item(),
@@ -588,13 +591,15 @@ def perturb(base, member, *key):
     entries = lambda arch: matched_entries(arch, base)
     generator = rng(*key)
     draw = lambda O: torch.rand(1000, 2, len(EDGES), O, generator=generator)
-    while True:  # of a thousand random architectures, which lean to and from the base, one may fit
-        stays = draw(1) < inputs(member) / ENTRIES                           # (1000, 2, E, 1)
-        same = draw(1) < entries(member) / inputs(member)
-        # Strengths are in [0, 1]. On an edge of the base +1 makes it win, -1 makes it lose, and +2
-        # on its operation makes that one win, too.
-        leaning = torch.where(stays, 1 + same * base, -1)                    # (1000, 2, E, O)
-        archs = discretise(draw(len(NAMES)) + leaning * base.sum(dim=-1, keepdim=True))
+    in_base = base.sum(dim=-1, keepdim=True) > 0                                  # (2, E, 1)
+    while True:  # a thousand random architectures, biased by the base; perhaps one fits
+        kept = in_base & (draw(1) < inputs(member) / ENTRIES)                     # (1000, 2, E, 1)
+        dropped = in_base & ~kept
+        same_operation = kept & (draw(1) < entries(member) / inputs(member))
+        # Random strengths are in [0, 1]: a bias of 1 makes a kept edge win its place, -1 makes a
+        # dropped one lose it, and 1 more makes the base's operation win on its edge.
+        bias = kept.float() - dropped.float() + same_operation * base             # (1000, 2, E, O)
+        archs = discretise(draw(len(NAMES)) + bias)
         alike = (inputs(archs) == inputs(member)) & (entries(archs) == entries(member))
         if alike.any():
             return archs[alike.nonzero()[0, 0]]
@@ -605,11 +610,12 @@ def random_architectures(count, args):
 def darts_searches(base, ours, data, args):
     """As many DARTS searches as members, independent of each other; the base is the first."""
     names = ["base", *(f"base-{i}" for i in range(1, args.samples))]
-    deal_out({name: (base_search, name) for name in names}, data, args)
-    alphas = [load_network(name, args)["architecture"]["alpha"] for name in names]
-    return names, [discretise(alpha.softmax(dim=-1)) for alpha in alphas]
+    for name in names[RANK::WORLD]:
+        base_search(name, data, args)
+    barrier()  # then all of them are there, to be loaded
+    return names, [discretise(base_search(name, data, args)[1]) for name in names]
 
-# What stands beside ours: name -> a function that gives the names of its searches and its
+# What stands beside ours: name -> a function that gives the searches it needs, by name, and its
 # architectures. Of more than --samples `forward_selection` chooses. A new baseline is a line here.
 BASELINES = {
     "single": lambda base, ours, data, args: (["base"], [base]),
@@ -640,7 +646,7 @@ class Data(NamedTuple):
     shape: tuple         # (C, H, W)
     crop: int = 0        # largest shift of a training image, pixels
     mirror: bool = False
-    digest: str = ""     # of pixels, labels and classes: a run folder notices a change
+    digest: str = ""     # of pixels, labels and classes: a run folder notices other data
 
     def normalise(self, images):
         """(B, C, H, W) uint8 -> float, mean 0 and std 1 in each channel, channels_last."""
@@ -672,18 +678,23 @@ def load_data(dataset, data_dir="data", image_size=32, seed=0, device="cpu", cro
         train, test, classes = read_torchvision(TORCHVISION[dataset], Path(data_dir))
     else:
         train, test, classes = read_folder(Path(dataset), image_size)
-    content = b"".join(part.numpy().tobytes() for part in (*train, *test)) + repr(classes).encode()
+    digest = hashlib.sha256()
+    for part in (*train, *test):
+        digest.update(part.flatten().numpy())
+    digest.update(repr(classes).encode())
     order = torch.randperm(len(train[1]), generator=rng(seed, "splits"))
     sizes = [int(share * len(order)) for share in SHARES.values()]
     if not all(sizes):
         fail(f"{dataset} has {len(order)} training images, too few for three splits: give it 20")
-    parts = dict(zip(SHARES, order[:sum(sizes)].split(sizes)))
-    parts["both"] = torch.cat([parts["train"], parts["validation"]])
-    (images, labels), test = ((x.to(device), y.to(device)) for x, y in (train, test))
-    splits = {name: (images[part], labels[part]) for name, part in parts.items()} | {"test": test}
-    std, mean = torch.std_mean(splits["train"][0].float() / 255, dim=(0, 2, 3), keepdim=True)
-    return Data(splits, classes, mean[0], std[0].clamp_min(1e-3), tuple(images.shape[1:]), crop,
-                mirror, hashlib.sha256(content).hexdigest()[:8])
+    # The images are put in order once, and the splits are views of them: no image is held twice
+    train = [part[order[:sum(sizes)]].to(device) for part in train]
+    splits = dict(zip(SHARES, zip(*(part.split(sizes) for part in train))))
+    splits["both"] = tuple(part[:sum(sizes[:2])] for part in train)
+    splits["test"] = tuple(part.to(device) for part in test)
+    pixels = splits["train"][0].float().div_(255)
+    std, mean = torch.std_mean(pixels, dim=(0, 2, 3), keepdim=True)
+    return Data(splits, classes, mean[0], std[0].clamp_min(1e-3), tuple(pixels.shape[1:]), crop,
+                mirror, digest.hexdigest()[:8])
 
 def read_torchvision(dataset_class, root):
     """Train and test part, (images (N, C, H, W), labels) each, and the classes of a data set, from
@@ -704,12 +715,17 @@ def read_torchvision(dataset_class, root):
 
 def read_image(path, shape):
     """An image file as uint8, resized to `shape`, (C, H, W) with one channel for grey; as a viewer
-    shows it: turned as the file says, and white where it is transparent."""
+    shows it: turned as the file says, and white where it is transparent. Raises NesError."""
     try:
-        image = ImageOps.exif_transpose(Image.open(path))
+        image = Image.open(path)
+        image.load()
+        with contextlib.suppress(Exception):  # damaged notes beside a picture that is whole
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":  # which would become white
             raise ValueError(f"its pixels are {image.mode}, not of 8 bits")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        if getattr(image, "has_transparency_data", True):  # which an old Pillow does not tell
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
         image = v2.functional.resize(image.convert("RGB"), shape[1:])
         return v2.functional.pil_to_tensor(image.convert("L") if shape[0] == 1 else image)
     except Exception as error:  # a damaged image raises OSError, SyntaxError or ValueError
@@ -717,23 +733,37 @@ def read_image(path, shape):
 
 def read_folder(root, size):
     """Images of root/{train,test}/<class>, resized to (size, size); grey if all of them are.
-    Hidden names are not looked into; files that Pillow cannot read are left out."""
+    Hidden names are not looked into; files that Pillow does not know are left out."""
     readable = {end for end, name in Image.registered_extensions().items() if name in Image.OPEN}
+    hidden = lambda path: any(part.startswith((".", "@eaDir", "__MACOSX")) for part in path.parts)
     files = [path.relative_to(root) for part in ("train", "test")
              for path in root.glob(f"{part}/*/**/*") if path.is_file()]
-    paths = sorted(path for path in files if path.suffix.lower() in readable
-                   and not any(part.startswith((".", "@eaDir", "__MACOSX")) for part in path.parts))
+    paths = [path for path in files if path.suffix.lower() in readable and not hidden(path)]
+    paths.sort(key=lambda path: path.parts)  # Windows would order paths without regard to case
     say(f"{root}: {len(paths)} images; {len(files) - len(paths)} other files are left out")
+    # An accent is a letter's part or a sign of its own, as the file system has it
+    class_of = lambda path: unicodedata.normalize("NFC", path.parts[1])
     parts = [[path for path in paths if path.parts[0] == part] for part in ("train", "test")]
-    classes, others = (sorted({path.parts[1] for path in part}) for part in parts)
-    if classes != others or len(classes) < 2:
+    train, test = ({class_of(path) for path in part} for part in parts)
+    if train != test or len(train) < 2:
         fail(f"--dataset {root} is none of {KNOWN}, with the same two or more classes in both: "
-             f"train has {classes} and test has {others}")
-    images = [torch.stack([read_image(root / path, (3, size, size)) for path in part])
-              for part in parts]
+             f"{len(train & test)} are in both, {sorted(train - test)} only in train, "
+             f"{sorted(test - train)} only in test")
+    images, damaged, classes = [], [], sorted(train)
+    for part in parts:
+        images.append(torch.empty(len(part), 3, size, size, dtype=torch.uint8))
+        for i, path in enumerate(part):
+            try:
+                images[-1][i] = read_image(root / path, (3, size, size))
+            except NesError as error:
+                damaged.append(str(error))
+            if (i + 1) % 1000 == 0:
+                say(f"{i + 1} of {len(part)} images of {path.parts[0]} are read")
+    if damaged:
+        fail("; ".join(damaged[:5]) + f"; ... {len(damaged)} in all" * (len(damaged) > 5))
     if all((x == x[:, :1]).all() for x in images):
         images = [x[:, :1].contiguous() for x in images]
-    labels = [torch.tensor([classes.index(path.parts[1]) for path in part]) for part in parts]
+    labels = [torch.tensor([classes.index(class_of(path)) for path in part]) for part in parts]
     return *zip(images, labels), classes
 
 TOY_CLASSES = ["disc", "ring", "square", "diamond", "plus", "cross"]
@@ -794,7 +824,7 @@ SETTINGS = [  # name, default, lowest value or the choices, what it is
     ("shared-part", 0.5, 0, "part of the dial, from lambda 0, that is for one shot"),
     ("batch", 64, 2, "images of a step, in searches, too"),
     ("lr", 0.006, 0, "a member's largest learning rate")]
-# What two commands that share a run folder may have different; of the data the digest tells
+# Two commands with one run folder may differ in these; other images change the data's digest
 FREE = {"dataset", "samples", "one_shots", "baselines", "device", "workers", "out", "data_dir"}
 
 def parse(argv=None):
@@ -802,6 +832,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser("nes.py", "nes.py [flags]", __doc__.partition('"Diff')[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message}; see --help")
+    argv = argv if argv is None else [str(word) for word in argv]
     for name, default, allowed, text in SETTINGS:
         kind = {bool: {"action": "store_true"}, list: {"choices": allowed, "nargs": "*"},
                 str: {"choices": allowed}}.get(type(default), {"type": type(default)})
@@ -823,13 +854,17 @@ def parse(argv=None):
     return args
 
 def set_up(args):
-    """Join the other processes of a torchrun."""
+    """Join the other processes of a torchrun, or of the process group that the caller made."""
     global RANK, WORLD, barrier
-    if dist.is_torchelastic_launched():
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    RANK, WORLD, barrier = 0, 1, lambda: None
+    available = dist.is_available()  # some builds of torch are without
+    if available and dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # they wait for one another
+    if available and dist.is_initialized():
         RANK, WORLD, barrier = dist.get_rank(), dist.get_world_size(), dist.barrier
+        if args.device == "cuda":
+            local = int(os.environ.get("LOCAL_RANK", RANK))
+            torch.cuda.set_device(local % torch.cuda.device_count())  # some may share one
     elif os.environ.get("WORLD_SIZE", "") not in ("", "1"):
         fail("WORLD_SIZE is set, but not by torchrun: start nes.py by torchrun, or unset it")
 
@@ -845,12 +880,13 @@ def fail(sentence):
 def rng(*key):
     """A random generator that depends on `key` alone, for example (seed, "batch", epoch).
     No random state is carried from step to step, so that a resumed run has none to restore."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
+    plain = tuple(part.item() if hasattr(part, "item") else part for part in key)  # as of numpy
+    digest = hashlib.sha256(repr(plain).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 def save(path, state):
     """Write a checkpoint (.pt) or bytes to a Path; a kill leaves the old file or the new one."""
-    part = path.with_name(f"{path.name}.nes{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.nes-{os.urandom(8).hex()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".pt":
@@ -862,90 +898,107 @@ def save(path, state):
         fail(f"cannot write {path} ({error}): make room, or choose another --out or --data-dir")
 
 def remove_parts(folder):
-    """Remove what a kill or a full disk left of `save`, where its process no longer lives."""
-    for part in Path(folder).rglob("*.nes[0-9]*.part"):
-        try:
-            os.kill(int(part.suffixes[-2][4:]), 0)  # sends nothing; raises if that process is gone
-        except ProcessLookupError:
-            part.unlink(missing_ok=True)
-        except PermissionError:  # it lives, and is another user's
-            pass
+    """Remove what a kill or a full disk left of `save`: what is older than any writing takes."""
+    for part in Path(folder).rglob("*.nes-*.part"):
+        with contextlib.suppress(OSError):  # another process was here first, or it is not ours
+            if time.time() - part.stat().st_mtime > 3600:
+                part.unlink()
 
-def load(path):
-    """What `save` wrote to a .pt or .json file; None where there is none. Raises NesError."""
+def load(path, missing=""):
+    """What `save` wrote to a .pt or .json file. Where there is none: None, or an error that says
+    `missing`. Raises NesError."""
     try:
         content = io.BytesIO(Path(path).read_bytes())
         if str(path).endswith(".json"):
-            return json.load(content)
+            return dict(json.load(content))
         state = torch.load(content, map_location="cpu", weights_only=True)
         if dict(state)["version"] != VERSION:  # a bare tensor has none, either
             raise ValueError
         return state
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return fail(missing) if missing else None
     except OSError as error:
         fail(f"cannot read {path} ({error.strerror}): is it the right file, and yours to read?")
     except Exception as error:  # a damaged zip, pickle or JSON file raises almost anything
-        fail(f"{path} is damaged, or not of this version ({type(error).__name__}): delete it")
+        fail(f"{path} is damaged, or not by this version of nes.py ({type(error).__name__}): if a "
+             "run wrote it, delete it, and the same command makes it again")
 
 def file_of(name, args):
-    """Where a finished phase or network is; what is still in training is unfinished/<name>."""
+    """Where a finished search or network is; what is still in training is unfinished/<name>."""
     return Path(args.out) / f"{name}.pt"
 
-def load_network(name, args):
-    return load(file_of(name, args))
+def load_finished(name, args):
+    return load(file_of(name, args), f"{file_of(name, args)} is not there: all processes and "
+                "machines of a run need one disk for --out; the same command makes it again")
 
 def check_settings(data, args):
     """Refuse a run folder of other settings, images or operations; else note these there."""
     path = Path(args.out) / "settings.json"
     now = {"version": VERSION, "images": data.digest, "operations": NAMES}
     now |= {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in FREE}
-    before = load(path) or now
+    before = load(path)
+    if before is None:
+        return save(path, json.dumps(now, indent=1).encode())
     if changed := [f"{k} {before.get(k)} (now {now[k]})" for k in now if before.get(k) != now[k]]:
         fail(f"{args.out} holds a run with {', '.join(changed)}: choose another --out")
-    save(path, json.dumps(now, indent=1).encode())
 
-def resumable(name, steps, parts, data, args, result=dict):
-    """The loop under all training: yields (step, losses) for each step that is still to do.
+class Progress:
+    """Log rows and checkpoints of a training loop, which goes on where a kill stopped it:
 
-    parts: name -> module or optimizer, loaded from <out>/<name>.pt or <out>/unfinished/<name>.pt if
-    that is there. The body puts its losses into `losses`. Every 100 steps, or every fifteenth of
-    fewer than 1,500, their means become a log row, and the second file is written: the parts,
-    "step", "seconds" and "history", a list of {"step": ..., loss: mean}. In the end the first holds
-    it without optimizers, and result().
+        progress = Progress(name, steps, {"net": net, "optimizer": optimizer}, data, args)
+        for step in range(progress.done, steps):
+            ...
+            progress.log(step, train=loss)
+        progress.finish()  # writes <out>/<name>.pt; before that there is unfinished/<name>.pt
+
+    Modules and optimizers are loaded from the file that is there. It holds them, "step", "seconds"
+    and "history", a list of {"step": ..., loss: mean}; the finished one is without optimizers.
     """
-    check_settings(data, args)
-    final, unfinished = file_of(name, args), file_of(f"unfinished/{name}", args)
-    state = load(final) or load(unfinished) or {"step": 0, "seconds": 0.0, "history": []}
-    for part in parts.keys() & state.keys():
-        parts[part].load_state_dict(state[part])
-    if 0 < state["step"] < steps:
-        print(f"{name}: goes on after step {state['step']} of {steps}")
-    start, sums = time.monotonic() - state["seconds"], {}
-    for done in range(state["step"] + 1, steps + 1):
-        yield done - 1, (losses := {})
-        sums = {key: sums.get(key, 0) + value.detach() for key, value in losses.items()}
-        if done % max(1, min(100, steps // 15)) and done < steps:
-            continue
-        means = {key: float(value) / (done - state["step"]) for key, value in sums.items()}
+
+    def __init__(self, name, steps, parts, data, args):
+        check_settings(data, args)
+        self.name, self.steps, self.parts, self.sums = name, steps, parts, {}
+        self.final, self.unfinished = file_of(name, args), file_of(f"unfinished/{name}", args)
+        begin = {"step": 0, "seconds": 0.0, "history": []}
+        self.state = load(self.final) or load(self.unfinished) or begin
+        for part in parts.keys() & self.state.keys():
+            parts[part].load_state_dict(self.state[part])
+        self.done, self.start = self.state["step"], time.monotonic() - self.state["seconds"]
+        if 0 < self.done < steps:
+            print(f"{name}: goes on after step {self.done} of {steps}")
+
+    def log(self, step, **losses):
+        """End step `step`, of 0, 1, ... Every 100, or every fifteenth of fewer than 1,500, the
+        losses' means become a row, and a checkpoint is written."""
+        done = step + 1
+        self.sums = {key: self.sums.get(key, 0) + loss.detach() for key, loss in losses.items()}
+        if done % max(1, min(100, self.steps // 15)) and done < self.steps:
+            return
+        count = done - self.state["step"]
+        means = {key: float(total) / count for key, total in self.sums.items()}
         words = "  ".join(f"{key} {value:.3f}" for key, value in means.items())
         if not all(map(math.isfinite, means.values())):
-            fail(f"the loss of {name} is not a number at step {done}: lower --lr (in a search "
+            fail(f"the loss of {self.name} is not a number at step {done}: lower --lr (in a search "
                  "--search-lr, --alpha-lr or --hyper-lr), in another --out")
-        sums, seconds = {}, time.monotonic() - start
-        print(f"{name:<19}{done:>6}/{steps:<6}{words}   {seconds * (steps / done - 1):5.0f} s left")
-        history = [*state["history"], {"step": done, **means}]
-        state = {part: module.state_dict() for part, module in parts.items()}
-        state |= {"step": done, "seconds": seconds, "history": history}
-        save(unfinished, state)
-    if not final.exists():
-        kept = {part: value for part, value in state.items() if "optimizer" not in part}
-        save(final, kept | result())
-    unfinished.unlink(missing_ok=True)  # where it is gone, another process was here first
+        seconds = time.monotonic() - self.start
+        print(f"{self.name:<19}{done:>6}/{self.steps:<6}{words}   "
+              f"{seconds * (self.steps / done - 1):5.0f} s left")
+        history = [*self.state["history"], {"step": done, **means}]
+        self.state = {part: module.state_dict() for part, module in self.parts.items()}
+        self.state |= {"step": done, "seconds": seconds, "history": history}
+        self.sums = {}
+        save(self.unfinished, self.state)
+
+    def finish(self, **result):
+        """Write the finished file, with `result` in it."""
+        if not self.final.exists():
+            kept = {part: value for part, value in self.state.items() if "optimizer" not in part}
+            save(self.final, kept | result)
+        self.unfinished.unlink(missing_ok=True)  # another process may have been here first
 
 def load_hypernetwork(folder):
     """The HyperNetwork of a run folder: `sample` reads an architecture off it at any lambda."""
-    state = load(Path(folder) / "hyper.pt") or fail(f"{folder} holds no hyper.pt: run nes.py first")
+    state = load(Path(folder) / "hyper.pt", f"{folder} holds no hyper.pt: run nes.py first")
     kept = state["architecture"]
     hyper = HyperNetwork(kept["table"][0], len(kept["pivots"]), kept["pivots"][-1].item())
     hyper.load_state_dict(kept)
@@ -955,7 +1008,7 @@ def load_member(path):
     """A finished network from its file alone: (net, data), on the CPU, net in eval mode.
     data has no images, but tells how the network wants to see them: probs = net(data.normalise(
     images)).softmax(-1), images (B, *data.shape) uint8; probs[:, k] belongs to data.classes[k]."""
-    state = load(path) or fail(f"there is no {path}: results.json names the file of each member")
+    state = load(path, f"there is no {path}: results.json names the file of each member")
     if "network" not in state:
         fail(f"{path} holds no finished network: choose a file of members/ or one_shot/")
     net = Network(**state["network"])
@@ -964,7 +1017,7 @@ def load_member(path):
 
 def load_ensemble(folder, one_shots=0):
     """The Ensemble of a run folder: its trained members, or its first `one_shots` in one shot."""
-    results = load(Path(folder) / "results.json") or fail(f"finish that run first: {folder}")
+    results = load(Path(folder) / "results.json", f"finish that run first: {folder}")
     shots = results["one_shots"]["files"]
     if not 0 <= one_shots <= len(shots):
         fail(f"{folder} has {len(shots)} one-shot networks, not {one_shots}: see --one-shots")
@@ -997,7 +1050,7 @@ def plot_response(axis, points, members):
     """Entries that are the base's against lambda: of `lambda_response`'s points, and members."""
     for rows, style, label in ((points, "o-", "hypernetwork"), (members, "D", "members")):
         read = lambda key: [row[key] for row in rows]
-        axis.plot(read("lambda"), read("matched_entries"), style, label=label)
+        axis.plot(read("lambda"), read("entries"), style, label=label)
     end = points[-1]["lambda"]
     axis.plot([0, end], [ENTRIES, ENTRIES * (1 - min(1, end))], ":", color="grey", label="ideal")
     axis.axhline(CHANCE_ENTRIES, ls="--", color="grey", label="chance")
@@ -1026,7 +1079,8 @@ def save_pictures(results, labels, args):
     together = [ensemble_metrics(probs[:count], labels)["accuracy"] for count in counts]
     size.plot(counts, together, "o-", label="the first members together")
     size.plot(counts, [member["accuracy"] for member in members], "x", label="each alone")
-    size.set(xlabel="members", ylabel="test accuracy", title="Ensemble size", xticks=counts)
+    size.set(xlabel="members", ylabel="test accuracy", title="Ensemble size")
+    size.xaxis.get_major_locator().set_params(integer=True)
     size.legend(fontsize=8)
     cells = figures["cells"].subplots(len(members[:20]), 2, squeeze=False)
     for row, member in zip(cells, members):
@@ -1041,116 +1095,123 @@ def save_pictures(results, labels, args):
 # A run is one process or several, ranks of this program. They share nothing but files and a
 # barrier: the first searches, then each trains its part of the networks. What they find does not
 # depend on how many they are, if the search has as many threads (torchrun sets OMP_NUM_THREADS=1).
-RANK, WORLD, barrier = 0, 1, lambda: None  # this one, of how many; wait for all of them
+RANK, WORLD = 0, 1      # the number of this process, from 0, and how many there are
+barrier = lambda: None  # waits until all of them have called it
 
 def say(text):
     if RANK == 0:
         print(text)
 
-def run(args):
+def run(args, is_worker=False):
     """All steps of the method in turn, as one rank; in the end all is in the folder args.out."""
     if hasattr(sys.stdout, "reconfigure"):  # a letter that the terminal lacks is no error
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     say("settings: " + "  ".join(f"{name}={value}" for name, value in vars(args).items()))
+    remove_parts(args.out)
     if RANK > 0:
         barrier()  # the first rank searches, then the others find its files
-    else:
-        remove_parts(args.out)
     data = load_data(args.dataset, args.data_dir, args.image_size, args.seed, args.device,
                      args.crop, args.mirror)
+    if is_worker:
+        keep_freed_memory()
     net, base_p = base_search("base", data, args)
     base = discretise(base_p)
     hyper = train_hypernetwork(net, base_p, data, args)
     if RANK == 0:
         barrier()
-    response = lambda_response(hyper, base_p, args.lambda_max)
-    print_table(response["points"], ["lambda", "matched_entries"])
-    print_table([response], ["spearman", "calibration_error"])  # ideally -1 and 0
-    methods = make_networks(net, base, hyper, data, args)
+    response = lambda_response(hyper, base_p)
+    print_table(response["points"], ["lambda", "entries"])
+    say(f"\ndial error, the mean of |share that differs - lambda|: {response['dial_error']:.4f}")
+    if args.device == "cpu":  # small kernels gain little from a second thread, and results should
+        torch.set_num_threads(1)  # not depend on the number of cores
+    rows = plan(base, hyper, data, args)
+    make_networks(rows, net, hyper, data, args)
     if RANK == 0:
-        rows = {method: score(method, *made, base, data, args) for method, made in methods.items()}
-        members = describe(hyper, base_p, sample_lambdas(args.samples, args.lambda_max))
-        report(rows, response, members, base, data, args)
+        report(score(rows, data, args), response, base, data, args)
     barrier()
 
-def make_networks(net, base, hyper, data, args):
-    """Train what every method needs: method -> (its searches, its networks), names of files."""
-    ours = sample(hyper, sample_lambdas(args.samples, args.lambda_max))
-    pool = sample(hyper, sample_lambdas(args.one_shots, args.shared_part * args.lambda_max))
-    shots = [f"one_shot/{fingerprint(arch)}" for arch in pool]
-    wanted = {"ours": (["base", "hyper"], ours)}
-    wanted |= {method: BASELINES[method](base, ours, data, args) for method in args.baselines}
-    jobs, methods = {"one-shots": (make_one_shots, shots, pool, net, hyper)}, {}
-    for method, (searches, archs) in wanted.items():
-        names = [f"members/{fingerprint(arch)}-{i}" for i, arch in enumerate(archs)]
-        jobs |= {name: (train_member, name, archs[i], i) for i, name in enumerate(names)}
-        methods[method] = searches, names
-    deal_out(jobs, data, args)
-    searches = ["base", "hyper", *["shared"] * (args.shared_epochs > 0)]
-    return methods | {f"one-shot of {args.one_shots}": (searches, shots)}
+def plan(base, hyper, data, args):
+    """The networks to make, as rows: ours first, one shot last. A row is given its network's file,
+    then metrics: in the end the rows are ledger.csv. searches: what else the method needs."""
+    lambdas = {"ours": sample_lambdas(args.samples, args.lambda_max),
+               "one-shot": sample_lambdas(args.one_shots, args.shared_part * args.lambda_max)}
+    ours, shots = (sample(hyper, some) for some in lambdas.values())
+    shared = ["shared"] * (args.shared_epochs > 0)
+    methods = {"ours": (["base", "hyper"], ours)}
+    methods |= {method: BASELINES[method](base, ours, data, args) for method in args.baselines}
+    methods |= {"one-shot": (["base", "hyper", *shared], shots)}
+    return [{"dataset": args.dataset, "seed": args.seed, "method": method, "index": i,
+             "lambda": lambdas[method][i] if method in lambdas else "",
+             "entries": matched_entries(arch, base).item(), "genotype": genotype(arch),
+             "arch": arch, "searches": searches,
+             "name": f"one_shot/{fingerprint(arch)}" if method == "one-shot"
+             else f"members/{fingerprint(arch)}-{i}"}
+            for method, (searches, archs) in methods.items() for i, arch in enumerate(archs)]
 
-def deal_out(jobs, data, args):
-    """Do all jobs, each rank its part: name of the file that a job makes -> (function, *arguments).
-    On a CPU with one thread: small kernels gain little from a second, and results do not depend on
-    the number of cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if args.device == "cpu" else threads)
-    busy = [0] * WORLD  # epochs of each rank: the next job is for the one that has fewest
-    try:
-        for name, (function, *arguments) in jobs.items():
-            rank = busy.index(min(busy))
-            busy[rank] += args.shared_epochs if function == make_one_shots else args.epochs
-            if rank == RANK and not file_of(name, args).exists():
-                function(*arguments, data, args)
-    finally:
-        torch.set_num_threads(threads)
+def make_networks(rows, net, hyper, data, args):
+    """Make what the rows name, each rank its part: the first all that is in one shot; a member is
+    for the rank with the fewest epochs. net: the search's supernet, whose weights serve in one shot
+    where --shared-epochs is 0."""
+    missing = lambda row: not file_of(row["name"], args).exists()
+    if RANK == 0:
+        shared = train_shared("shared", hyper, data, args) if args.shared_epochs else net
+        shots = [row for row in rows if row["method"] == "one-shot"]
+        for row in filter(missing, shots):
+            make_one_shot(row["name"], shared, row["arch"], data, args)
+        print_table(score(shots, data, args)[-1:], ["method", "accuracy", "nll", "ece"])
+    members = {row["name"]: row for row in rows if row["method"] != "one-shot"}  # methods share
+    epochs = [args.shared_epochs] + [0] * (WORLD - 1)
+    for name, row in members.items():
+        rank = epochs.index(min(epochs))
+        epochs[rank] += args.epochs
+        if rank == RANK and missing(row):
+            train_member(name, row["arch"], row["index"], data, args)
     barrier()
 
-def score(method, searches, names, base, data, args):
-    """A method's rows, one for each of its networks, then one for their ensemble: the tables,
-    ledger.csv and results.json are made of them. seconds: of a network its training, of an ensemble
-    all that the method needs, added up over processes."""
-    files = [load_network(name, args) for name in names]
-    chosen, labels = list(range(len(names))), data.splits["test"][1].cpu()
-    if method in BASELINES and len(names) > args.samples:
-        chosen = forward_selection(torch.stack([file["selection"] for file in files]),
-                                   data.splits["selection"][1].cpu(), args.samples)
-    part = 1 if method == "ours" else args.shared_part
-    lambdas = sample_lambdas(len(names), part * args.lambda_max)
-    run = {"dataset": args.dataset, "seed": args.seed, "method": method}
-    rows = [run | {
-        "index": i, "chosen": int(i in chosen), "lambda": lambdas[i] if "hyper" in searches else "",
-        "entries": int(matched_entries(file["network"]["arch"], base)), "seconds": file["seconds"],
-        "file": f"{name}.pt", "genotype": json.dumps(genotype(file["network"]["arch"])),
-        **ensemble_metrics(file["test"][None], labels)}
-        for i, (name, file) in enumerate(zip(names, files))]
-    return [*rows, run | {
-        "index": "ensemble",
-        "seconds": round(sum(load_network(name, args)["seconds"] for name in {*searches, *names})),
-        **ensemble_metrics(torch.stack([files[i]["test"] for i in chosen]), labels),
-        "member_mean": sum(rows[i]["accuracy"] for i in chosen) / len(chosen)}]
+def score(rows, data, args):
+    """The ledger: the rows of `plan` with their networks' metrics, and after each method's a row of
+    its ensemble. seconds: of a network its training, of an ensemble all that the method needs,
+    added up over processes."""
+    labels, ledger = data.splits["test"][1].cpu(), []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        found = [row for row in rows if row["method"] == method]
+        files = [load_finished(row["name"], args) for row in found]
+        probs, chosen = torch.stack([file["test"] for file in files]), list(range(len(files)))
+        if method in BASELINES and len(files) > args.samples:
+            chosen = forward_selection(torch.stack([file["selection"] for file in files]),
+                                       data.splits["selection"][1].cpu(), args.samples)
+        networks = [{key: row[key] for key in row if key not in ("arch", "searches", "name")} | {
+            "file": f"{row['name']}.pt", "chosen": int(i in chosen), "seconds": file["seconds"],
+            **ensemble_metrics(file["test"][None], labels)}
+            for i, (row, file) in enumerate(zip(found, files))]
+        needed = {*found[0]["searches"], *(row["name"] for row in found)}
+        ledger += [*networks, {
+            "dataset": args.dataset, "seed": args.seed, "method": method, "index": "ensemble",
+            "seconds": round(sum(load_finished(name, args)["seconds"] for name in needed)),
+            **ensemble_metrics(probs[chosen], labels),
+            "member_mean": sum(networks[i]["accuracy"] for i in chosen) / len(chosen)}]
+    return ledger
 
-def report(rows, response, described, base, data, args):
-    """Write results.json, ledger.csv and the pictures; print tables. rows: method -> of `score`."""
-    ours, shots = rows["ours"], rows[f"one-shot of {args.one_shots}"]
-    ensembles = {method: part[-1] for method, part in rows.items()}
-    members = [mine | member for mine, member in zip(ours, described)]
+def report(ledger, response, base, data, args):
+    """Write results.json, ledger.csv and the pictures; print tables. ledger: of `score`."""
+    of = lambda method: [row for row in ledger if row["method"] == method and "file" in row]
+    ensembles = {row["method"]: row for row in ledger if "file" not in row}
     results = {
         "settings": vars(args) | {"images": data.digest},
         "versions": {"python": sys.version, "torch": torch.__version__},
-        "seconds": {name: load_network(name, args)["seconds"] for name in ("base", "hyper")},
-        "base": {"genotype": genotype(base), "operations": count_operations(base)},
-        "lambda_response": response, "members": members, "methods": ensembles,
-        "ensemble": ours[-1],
-        "one_shots": shots[-1] | {"files": [row["file"] for row in shots[:-1]]}}
+        "base": {"genotype": genotype(base)},
+        "lambda_response": response, "members": of("ours"), "methods": ensembles,
+        "ensemble": ensembles["ours"],
+        "one_shots": ensembles["one-shot"] | {"files": [row["file"] for row in of("one-shot")]}}
     save(Path(args.out) / "results.json", json.dumps(results, indent=1).encode())
-    table = csv.DictWriter(text := io.StringIO(), [*ours[0], "member_mean"], lineterminator="\n")
+    table = csv.DictWriter(text := io.StringIO(), [*ledger[0], "member_mean"], lineterminator="\n")
     table.writeheader()
-    table.writerows(sum(rows.values(), []))
+    table.writerows({key: json.dumps(value) if key == "genotype" else value
+                     for key, value in row.items()} for row in ledger)
     save(Path(args.out) / "ledger.csv", text.getvalue().encode(errors="backslashreplace"))
     save_pictures(results, data.splits["test"][1].cpu(), args)
-    print_table(members, ["index", "lambda", "entries", "accuracy", "nll", "ece"])
-    print_table(ensembles.values(), list(ours[-1])[2:])
+    print_table(of("ours"), ["index", "lambda", "entries", "accuracy", "nll", "ece"])
+    print_table(ensembles.values(), list(ensembles["ours"])[2:])
     say(f"\neverything is in {args.out}")
 
 def print_table(rows, columns):
@@ -1163,44 +1224,59 @@ def print_table(rows, columns):
 
 def start_ranks(count, args):
     """Run this program as `count` processes on this machine, until all end or one fails."""
-    # glibc would give freed blocks back, and fault each large tensor in again, page by page: a
-    # member's step took 1.16 to 1.20 times as long (two threads, two pairs of runs).
-    os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_MAX_": "0"}
     logging.getLogger(mp.spawn.__module__).setLevel("ERROR")  # its warning that it ends the others
-    context = mp.get_context("spawn")
-    shared = context.Barrier(count), context.SimpleQueue()
+    context, others = mp.get_context("spawn"), mp.active_children()
     try:
-        mp.spawn(run_rank, (*shared, count, args), count, daemon=True)
-    except RuntimeError:  # this is a rank, whose import of a script without the guard led here
+        wait_for_all, errors = context.Barrier(count), context.SimpleQueue()
+        ranks = mp.spawn(run_rank, (wait_for_all, errors, count, args), count, False, daemon=True)
+        while not ranks.join():
+            pass
+    except (OSError, ImportError) as error:  # no semaphores: /dev/shm is full, or not there
+        fail(f"this system cannot start several processes ({error}): add --workers 1")
+    except RuntimeError:  # this is a rank itself: it imported a script that has no guard
         sys.exit(1)
     except mp.ProcessExitedException as error:
         if error.exit_code == 2:
-            raise shared[1].get()
+            raise errors.get()
         if error.exit_code < 0:
             fail(f"{error}: repeat the command, with fewer --workers if memory is short")
         fail('call nes.main under `if __name__ == "__main__":` in your file, or add --workers 1')
+    finally:  # none of them outlives an error or an interrupt
+        for process in set(mp.active_children()) - set(others):
+            process.kill()
+            process.join()
 
 def run_rank(rank, wait_for_all, errors, count, args):
     """A rank's whole life, which ends with its parent's, however that ended."""
     global RANK, WORLD, barrier
     RANK, WORLD, barrier = rank, count, wait_for_all.wait
-    # Linux sends SIGINT when the parent dies, which a run in the background has inherited ignored
+    # When the parent dies Linux sends SIGINT, which a run in the background would ignore
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         if mp.parent_process().is_alive():  # else it died before Linux was asked for that
-            run(args)
+            run(args, is_worker=True)
     except (NesError, BrokenPipeError) as error:
         errors.put(error)  # the parent raises the first one
         os._exit(2)
 
+def keep_freed_memory():
+    """Have glibc keep freed memory for the next tensor. It would give it back, and each large
+    tensor's pages be made again: a member's step took 1.16 to 1.20 times as long (two threads, two
+    pairs of runs)."""
+    with contextlib.suppress(AttributeError, TypeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-4, 0)          # M_MMAP_MAX
+
 def main(argv=None):
     """The program: parse the flags, run the method, return the results (what results.json holds).
     An error ends the program with one sentence and exit status 2, Ctrl-C with 130."""
+    threads = torch.get_num_threads()
     try:
         args = parse(argv)
         set_up(args)
-        count = min(args.workers or torch.get_num_threads(),
-                    1 + args.samples * (1 + len(args.baselines)))  # no more than there is work for
+        work = 1 + args.samples * (1 + len(args.baselines))  # networks, and one shot
+        count = min(args.workers or threads, work)
         script = getattr(sys.modules["__main__"], "__file__", __file__)  # ranks import it
         if args.device == "cpu" and WORLD == 1 and count > 1 and os.path.exists(script):
             start_ranks(count, args)
@@ -1215,6 +1291,8 @@ def main(argv=None):
         sys.exit(130)
     except BrokenPipeError:  # the reader has seen enough: ... | head
         sys.exit(141)
+    finally:
+        torch.set_num_threads(threads)  # as the caller had it
 
 # ---- 14. CPU kernels: what makes it fast there; skip at first reading ----------------------------
 class DepthwiseGradients(torch.autograd.Function):

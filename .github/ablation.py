@@ -75,7 +75,7 @@ def run(variant, seed, out, flags):
     start, new = time.time(), replaced(variant, base_p, seed)
     with patch.multiple(nes, **new) if new else contextlib.nullcontext():
         hyper = nes.train_hypernetwork(net, base_p, data, args)
-    dial = nes.lambda_response(hyper, base_p, args.lambda_max)
+    dial = nes.lambda_response(hyper, base_p)
     batches = [data.batch("train", 256, step, (seed, "recalibration"))[0] for step in range(20)]
     images, labels = data.splits["selection"]
     probs = torch.stack([nes.predict(nes.one_shot(net, arch, batches), images, data)
@@ -88,7 +88,7 @@ def run_all(variant, flags):
     """nes.py with the variant in place; one process, since others would not have it."""
     flags = [*flags, "--workers", "1", "--device", "cpu"]
     args = nes.parse(flags)
-    alpha = nes.load_network("base", args)["architecture"]["alpha"]
+    alpha = nes.load_finished("base", args)["architecture"]["alpha"]
     with patch.multiple(nes, **replaced(variant, alpha.softmax(-1), args.seed)):
         nes.main(flags)
 

@@ -54,8 +54,8 @@ def lines_of(rows, *keys):
 
 # ---- Scores: what to choose with a budget of epochs ----------------------------------------------
 
-SHOT = [("one network", "single", 1), ("one shot of 20", "one-shot of 20", 20)]
-LONG = [*SHOT, ("base in one shot", "one-shot of 20", 1)]
+SHOT = [("one network", "single", 1), ("one shot of 20", "one-shot", 20)]
+LONG = [*SHOT, ("base in one shot", "one-shot", 1)]
 RUNS = {  # kind of run -> its ensembles: title, method, how many of its first networks
     "fmnist": [*SHOT, ("two deep", "deep", 2), ("two of ours", "ours", 2), ("five deep", "deep", 5),
                ("five of ours", "ours", 5), ("five perturbed", "perturbed", 5),
@@ -87,7 +87,7 @@ def score_rows(folder, kind, rows, data, args):
         files = files_of(rows, method)[:count]
         if len(files) < count:
             continue
-        shot, probs = "one-shot" in method, probabilities(folder, files)
+        shot, probs = method == "one-shot", probabilities(folder, files)
         epochs = args.shared_epochs if shot else count * args.epochs
         T = temperature(probabilities(folder, files, "selection"), labels["selection"])
         sizes = [size(folder / file) for file in dict.fromkeys(files)]
@@ -200,7 +200,7 @@ def elsewhere_rows(folder, rows, data, foreign):
 
 def foreign_images(root, shape, count=5000):
     """Images of a folder of classes, every n-th one, resized; grey where the networks want grey."""
-    paths = sorted(Path(root).glob("test/*/*"))
+    paths = sorted(Path(root).glob("test/*/*"), key=lambda path: path.parts)
     paths = paths[::max(1, len(paths) // count)]
     return torch.stack([nes.read_image(path, shape) for path in paths])
 
@@ -210,7 +210,7 @@ def pair_rows(folder, rows, labels):
     """Of all pairs of different networks that share as many entries: how often they disagree."""
     found = []
     for kind, methods in (("trained", ("ours", "deep", "perturbed", "random")),
-                          ("one shot", ("one-shot of 20",))):
+                          ("one shot", ("one-shot",))):
         files = sorted({file for method in methods for file in files_of(rows, method)})
         states = [nes.load(folder / file) for file in files]
         pairs = [{"entries": int(nes.matched_entries(a["network"]["arch"], b["network"]["arch"])),
@@ -248,7 +248,7 @@ def plot_pairs(rows, path):
 
 # ---- What does L_val give? -----------------------------------------------------------------------
 
-CONTROL = {"calibration_error": ("calibration error", 1, 3),
+CONTROL = {"dial_error": ("dial error", 1, 3),
            "shot_mean": ("in one shot: member, %", 100, 2), "shot_nll": ("NLL of 20", 1, 4),
            "trained_mean": ("trained: member, %", 100, 2), "trained_nll": ("NLL of 5", 1, 4)}
 CONTROLS = {"fmnist": "with L_val", "blind": "without L_val", "perturbed": "changed at random"}
@@ -257,32 +257,32 @@ def control_row(folder, kind, rows, results, data):
     """A row of control.csv: five trained networks, twenty in one shot; selection split."""
     labels = data.splits["selection"][1]
     trained, shots = (probabilities(folder, files_of(rows, method), "selection")
-                      for method in ("ours", "one-shot of 20"))
+                      for method in ("ours", "one-shot"))
     alone = lambda probs: statistics.mean(
         nes.ensemble_metrics(one[None], labels)["accuracy"] for one in probs)
     return {"seed": rows[0]["seed"], "method": CONTROLS[kind],
-            "calibration_error": results["lambda_response"]["calibration_error"],
+            "dial_error": results["lambda_response"]["dial_error"],
             "shot_mean": alone(shots), "shot_nll": nes.ensemble_metrics(shots, labels)["nll"],
             "trained_mean": alone(trained),
             "trained_nll": nes.ensemble_metrics(trained, labels)["nll"]}
 
 # ---- The dial, and its ingredients ---------------------------------------------------------------
 
-ABLATION = {"calibration_error": ("calibration error", 1, 3),
+ABLATION = {"dial_error": ("dial error", 1, 3),
             "one_shot_selection": ("one shot, selection split, %", 100, 1)}
 TENTHS = [f"{t / 10:.1f}" for t in range(11)]
 
 def dial_row(args, response):
     """A `nes.lambda_response` as a row."""
     return {"dataset": Path(args.dataset).name, "seed": args.seed,
-            "calibration_error": response["calibration_error"], "spearman": response["spearman"],
-            **{t: point["matched_entries"] for t, point in zip(TENTHS, response["points"])}}
+            "dial_error": response["dial_error"],
+            **{t: point["entries"] for t, point in zip(TENTHS, response["points"])}}
 
 def dial_table(rows):
-    """A line for each kind of run: entries at four lambdas, calibration error; means of seeds."""
-    lines = [["run", "seeds", "0.0", "0.3", "0.7", "1.0", "calibration error"]]
+    """A line for each kind of run: entries at four lambdas, dial error; means of seeds."""
+    lines = [["run", "seeds", "0.0", "0.3", "0.7", "1.0", "dial error"]]
     for (run,), seeds in by(rows, "run").items():
-        errors = [float(row["calibration_error"]) for row in seeds]
+        errors = [float(row["dial_error"]) for row in seeds]
         lines.append([run, str(len(seeds)), *(f"{mean(seeds, t):.1f}" for t in lines[0][2:6]),
                       mean_std(errors, 3)])
     return markdown(lines)

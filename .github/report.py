@@ -84,7 +84,7 @@ def read_runs(folders):
         rows, beside = read(file), folder / "settings.json"
         run = {row["method"]: row for row in rows if row["index"] == "ensemble"}
         told = json.loads(beside.read_text()) if beside.exists() else {"data": rows[0]["dataset"]}
-        members = sum(row["method"] == "ours" for row in rows)
+        members = [sum(row["method"] == method for row in rows) for method in ("ours", "one-shot")]
         settings.append(told | {"--seed": None, "members": members})
         runs.setdefault(rows[0]["seed"], run)
     if any(one != settings[0] for one in settings) or len(runs) < len(settings):

@@ -129,10 +129,10 @@ def test_pairs_by_hand(tmp_path):
 def test_control_by_hand(tmp_path):
     save_run(tmp_path, {"a.pt": [0.9] * 8, "b.pt": [0.9] * 4 + [0.3] * 4})
     rows = [{"seed": "0", "method": method, "file": file, "chosen": "1"}
-            for method in ("ours", "one-shot of 20") for file in ("a.pt", "b.pt")]
-    results = {"lambda_response": {"calibration_error": 0.5}}
+            for method in ("ours", "one-shot") for file in ("a.pt", "b.pt")]
+    results = {"lambda_response": {"dial_error": 0.5}}
     row = evidence.control_row(tmp_path, "blind", rows, results, ZEROS)
-    assert (row["method"], row["calibration_error"]) == ("without L_val", 0.5)
+    assert (row["method"], row["dial_error"]) == ("without L_val", 0.5)
     assert row["shot_mean"] == row["trained_mean"] == 0.75
     assert row["trained_nll"] == pytest.approx(-(math.log(0.9) + math.log(0.6)) / 2)
 
