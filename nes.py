@@ -741,7 +741,7 @@ def read_folder(root, size):
     paths = [path for path in files if path.suffix.lower() in readable and not hidden(path)]
     paths.sort(key=lambda path: path.parts)  # Windows would order paths without regard to case
     say(f"{root}: {len(paths)} images; {len(files) - len(paths)} other files are left out")
-    # An accent is a letter's part or a sign of its own, as the file system has it
+    # File systems have an accented letter as one sign or as two; in NFC it is one
     class_of = lambda path: unicodedata.normalize("NFC", path.parts[1])
     parts = [[path for path in paths if path.parts[0] == part] for part in ("train", "test")]
     train, test = ({class_of(path) for path in part} for part in parts)
@@ -1228,12 +1228,10 @@ def start_ranks(count, args):
     context, others = mp.get_context("spawn"), mp.active_children()
     try:
         wait_for_all, errors = context.Barrier(count), context.SimpleQueue()
-        ranks = mp.spawn(run_rank, (wait_for_all, errors, count, args), count, False, daemon=True)
-        while not ranks.join():
-            pass
+        mp.spawn(run_rank, (wait_for_all, errors, count, args), count, daemon=True)
     except (OSError, ImportError) as error:  # no semaphores: /dev/shm is full, or not there
         fail(f"this system cannot start several processes ({error}): add --workers 1")
-    except RuntimeError:  # this is a rank itself: it imported a script that has no guard
+    except RuntimeError:  # this is a rank: it imported a script that has no guard
         sys.exit(1)
     except mp.ProcessExitedException as error:
         if error.exit_code == 2:
@@ -1241,7 +1239,7 @@ def start_ranks(count, args):
         if error.exit_code < 0:
             fail(f"{error}: repeat the command, with fewer --workers if memory is short")
         fail('call nes.main under `if __name__ == "__main__":` in your file, or add --workers 1')
-    finally:  # none of them outlives an error or an interrupt
+    finally:  # an interrupt that only this process hears ends the others, too
         for process in set(mp.active_children()) - set(others):
             process.kill()
             process.join()
