@@ -230,12 +230,10 @@ def test_second_order_gradient_against_finite_differences():
         difference = (loss(alpha + step) - loss(alpha - step)) / 2e-5
         assert gradient[index].item() == approx(difference, rel=1e-3, abs=1e-7)
 
-@mark.parametrize("second_order", [False, True])
-def test_a_round_is_a_clipped_sgd_step_on_w_alone_then_an_adam_step_on_alpha_alone(
-        second_order, tmp_path, monkeypatch):
-    clip = Mock(wraps=torch.nn.utils.clip_grad_norm_)  # these gradients are smaller
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-    args = settings(tmp_path, "--base-steps", "1", *["--second-order"] * second_order)
+@mark.parametrize("second", [False, True])
+def test_a_round_is_clipped_sgd_on_w_alone_then_adam_on_alpha_alone(second, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip := Mock())  # a Mock clips nothing
+    args = settings(tmp_path, "--base-steps", "1", *["--second-order"] * second)
     mine, (net, p) = tiny_net(0, "base"), nes.base_search("base", TOY, args)
     alpha = torch.nn.Parameter(1e-3 * torch.randn(2, 14, 7, generator=nes.rng(0, "base")))
     batches = [TOY.batch(split, 256, 0, (0, "base", split)) for split in ("train", "validation")]
@@ -245,7 +243,7 @@ def test_a_round_is_a_clipped_sgd_step_on_w_alone_then_an_adam_step_on_alpha_alo
     torch.optim.SGD(mine.parameters(), args.search_lr, momentum=0.9, weight_decay=3e-4).step()
     assert all_close(net.parameters(), mine.parameters(), atol=1e-6)
     exact = lambda arch, *_: nes.second_order_loss(mine, *batches, arch, args.search_lr)
-    (exact if second_order else loss)(alpha.softmax(-1), *batches[1]).backward(inputs=[alpha])
+    (exact if second else loss)(alpha.softmax(-1), *batches[1]).backward(inputs=[alpha])
     torch.optim.Adam([alpha], args.alpha_lr, betas=(0.5, 0.999)).step()
     assert torch.allclose(p, alpha.softmax(-1), atol=1e-5)
 
@@ -524,15 +522,14 @@ def test_reloaded_networks_predict_the_same_others_are_refused(finished, tmp_pat
     raises(nes.NesError, ensemble, out).match("^(?!.*delete).*Not yours")
 
 def test_two_workers_give_what_one_gives_and_killed_at_any_moment_go_on(finished, tmp_path):
-    argv = command(out := tmp_path / "run", "--baselines", "all", "--workers", "2")
     for lines in ("base +2/", "base: .* [12] of 4|hyper +6/", "hyper: .* [56] of 12|base-1 +2/",
                   "base-1: .* [12] of 4|members/.* 4/", "members/.*: goes on .* of 8"):
-        process = start(argv, signal.SIG_IGN)
+        process = start(command(tmp_path, *"--baselines all --workers 2".split()), signal.SIG_IGN)
         for wanted in lines.split("|"):  # a row is printed, then saved
             next(line for line in process.stdout if re.match(wanted, line))
         process.send_signal(signal.SIGKILL)
         assert process.communicate(timeout=60)[0].count(" 8/8 ") < 2  # all of them end at once
-    assert without_times(run_tiny(out, "--baselines", "all")) == without_times(finished[1])
+    assert without_times(run_tiny(tmp_path, "--baselines", "all")) == without_times(finished[1])
 
 @mark.parametrize("step", [4, 8])  # half way; and between the last step and the scores
 def test_a_stopped_member_goes_on_to_the_same_weights(step, finished, tmp_path, monkeypatch):
@@ -785,13 +782,12 @@ def test_damaged_and_missing_data_files_and_how_cifar10s_are_read(bad, tmp_path,
 
 def test_what_is_there_survives_errors_and_more_samples(bad, finished, tmp_path, monkeypatch):
     copied = shutil.copytree(finished[0], tmp_path / "run")
-    here, args = ["--out", str(copied)], settings(copied)
+    here = ["--out", str(copied)]
     before = {path: path.read_bytes() for path in [*copied.rglob("*.pt"), copied / "settings.json"]}
     bad([*here, *"--hyper-lr 0.1 --pivots 9".split()], "--hyper-lr 0.5 (now 0.1)", "6 (now 9)")
-    nes.base_search("base", TOY, args)  # one who calls the functions may use this folder, too,
-    args.search_lr = 0.01
+    nes.base_search("base", TOY, settings(copied))  # functions, too, may use this folder,
     with raises(nes.NesError, match="--search-lr"):  # but must have its settings
-        nes.train_member("new", nes.random_architecture(0), 0, TOY, args)
+        nes.train_member("x", nes.random_architecture(), 0, TOY, settings(copied, "--search-lr", 1))
     member = finished[1]["members"][0]["file"]
     for file in (copied / name for name in ("base.pt", "hyper.pt", "settings.json", member)):
         file.write_bytes(before[file][:len(before[file]) // 2])
