@@ -559,7 +559,7 @@ def ensemble_metrics(probs, labels):
     p, votes = probs.mean(dim=0), probs.argmax(dim=-1)                             # (N, Y), (M, N)
     (M, N), (confidence, choice) = votes.shape, p.max(dim=-1)
     gaps = confidence_bins(confidence).bincount(confidence - (choice == labels).double(), BINS)
-    # How many of the N M^2 (point, member, member) agree; in N M of these a member meets itself
+    # Of all N M^2 (point, member, member), those that agree; in N M of them a member meets itself
     agree = F.one_hot(votes, p.shape[-1]).sum(dim=0).square().sum().item()
     entropy = lambda q: torch.special.entr(q).sum(dim=-1).mean(dim=-1)
     return {"accuracy": (choice == labels).double().mean().item(),
@@ -879,8 +879,9 @@ def fail(sentence):
 
 def rng(*key):
     """A random generator that depends on `key` alone, for example (seed, "batch", epoch).
-    No random state is carried from step to step, so that a resumed run has none to restore."""
-    plain = tuple(part.item() if hasattr(part, "item") else part for part in key)  # as of numpy
+    No random state is carried from step to step, so that a resumed run has none to restore. numpy's
+    numbers and torch's name the same generator as Python's."""
+    plain = tuple(part.item() if hasattr(part, "item") else part for part in key)
     digest = hashlib.sha256(repr(plain).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -898,7 +899,7 @@ def save(path, state):
         fail(f"cannot write {path} ({error}): make room, or choose another --out or --data-dir")
 
 def remove_parts(folder):
-    """Remove what a kill or a full disk left of `save`: what is older than any writing takes."""
+    """Remove what a kill or a full disk left of `save`: a part that is an hour old."""
     for part in Path(folder).rglob("*.nes-*.part"):
         with contextlib.suppress(OSError):  # another process was here first, or it is not ours
             if time.time() - part.stat().st_mtime > 3600:
@@ -968,8 +969,8 @@ class Progress:
             print(f"{name}: goes on after step {self.done} of {steps}")
 
     def log(self, step, **losses):
-        """End step `step`, of 0, 1, ... Every 100, or every fifteenth of fewer than 1,500, the
-        losses' means become a row, and a checkpoint is written."""
+        """Call it at the end of each step, counted from 0. Every 100 steps, or every fifteenth of
+        fewer than 1,500, it prints the losses' means as a row and writes a checkpoint."""
         done = step + 1
         self.sums = {key: self.sums.get(key, 0) + loss.detach() for key, loss in losses.items()}
         if done % max(1, min(100, self.steps // 15)) and done < self.steps:
@@ -1149,9 +1150,9 @@ def plan(base, hyper, data, args):
             for method, (searches, archs) in methods.items() for i, arch in enumerate(archs)]
 
 def make_networks(rows, net, hyper, data, args):
-    """Make what the rows name, each rank its part: the first all that is in one shot; a member is
-    for the rank with the fewest epochs. net: the search's supernet, whose weights serve in one shot
-    where --shared-epochs is 0."""
+    """Make the rows' networks, each rank its part. The first rank makes all that are in one shot; a
+    member goes to the rank with the fewest epochs so far; one that methods share is made once. net:
+    the search's supernet, whose weights serve in one shot where --shared-epochs is 0."""
     missing = lambda row: not file_of(row["name"], args).exists()
     if RANK == 0:
         shared = train_shared("shared", hyper, data, args) if args.shared_epochs else net
@@ -1159,8 +1160,8 @@ def make_networks(rows, net, hyper, data, args):
         for row in filter(missing, shots):
             make_one_shot(row["name"], shared, row["arch"], data, args)
         print_table(score(shots, data, args)[-1:], ["method", "accuracy", "nll", "ece"])
-    members = {row["name"]: row for row in rows if row["method"] != "one-shot"}  # methods share
-    epochs = [args.shared_epochs] + [0] * (WORLD - 1)
+    members = {row["name"]: row for row in rows if row["method"] != "one-shot"}
+    epochs = [args.shared_epochs] + [0] * (WORLD - 1)  # of each rank
     for name, row in members.items():
         rank = epochs.index(min(epochs))
         epochs[rank] += args.epochs
@@ -1231,7 +1232,7 @@ def start_ranks(count, args):
         mp.spawn(run_rank, (wait_for_all, errors, count, args), count, daemon=True)
     except (OSError, ImportError) as error:  # no semaphores: /dev/shm is full, or not there
         fail(f"this system cannot start several processes ({error}): add --workers 1")
-    except RuntimeError:  # this is a rank: it imported a script that has no guard
+    except RuntimeError:  # this process is a rank, and the script that it imported has no guard
         sys.exit(1)
     except mp.ProcessExitedException as error:
         if error.exit_code == 2:
@@ -1258,9 +1259,9 @@ def run_rank(rank, wait_for_all, errors, count, args):
         os._exit(2)
 
 def keep_freed_memory():
-    """Have glibc keep freed memory for the next tensor. It would give it back, and each large
-    tensor's pages be made again: a member's step took 1.16 to 1.20 times as long (two threads, two
-    pairs of runs)."""
+    """Have glibc keep freed memory for the next tensor. Otherwise it returns the memory, and the
+    system makes each large tensor's pages again: a member's step took 1.16 to 1.20 times as long
+    (two threads, two pairs of runs)."""
     with contextlib.suppress(AttributeError, TypeError, OSError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
