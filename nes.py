@@ -1068,12 +1068,27 @@ def plot_reliability(axis, probs, labels):
     axis.set(xlabel="confidence", ylabel="accuracy", title="Reliability of the ensemble")
     axis.legend(fontsize=8)
 
-def save_pictures(results, labels, args):
-    """results.png: the dial, ensemble size, reliability; cells.png: the first 20 members."""
+def plot_disagreement(axis, rows_of, args):
+    """Does lambda move predictions, too? The share of test images on which a network and the one at
+    lambda = 0 disagree. rows_of: label -> rows of the ledger, that of lambda = 0 first."""
+    for label, rows in rows_of.items():
+        votes = [load(Path(args.out) / row["file"])["test"].argmax(dim=-1) for row in rows]
+        shares = [(vote != votes[0]).double().mean().item() for vote in votes]
+        axis.plot(*zip(*sorted(zip((row["lambda"] for row in rows), shares))), "o-", label=label)
+    axis.set(xlabel="lambda", ylabel="share of test images", ylim=(0, None),
+             title="Disagreement with lambda = 0")
+    axis.legend(fontsize=8)
+
+def save_pictures(results, one_shots, labels, args):
+    """results.png: the dial, predictions along it, ensemble size, reliability; cells.png: the first
+    20 members. one_shots: the ledger's rows of the networks in one shot."""
     members, base = results["members"], results["base"]["genotype"]
-    figures = {"results": Figure((15, 4)), "cells": Figure((11, 4.2 * len(members[:20])))}
-    dial, size, reliability = figures["results"].subplots(1, 3)
+    figures = {"results": Figure((18, 4), layout="constrained"),
+               "cells": Figure((11, 4.2 * len(members[:20])), layout="constrained")}
+    dial, predictions, size, reliability = figures["results"].subplots(1, 4)
     plot_response(dial, results["lambda_response"]["points"], members)
+    predictions.sharex(dial)
+    plot_disagreement(predictions, {"trained": members, "in one shot": one_shots}, args)
     probs = torch.stack([load(Path(args.out) / member["file"])["test"] for member in members])
     plot_reliability(reliability, probs, labels)
     counts = range(1, len(members) + 1)
@@ -1089,7 +1104,7 @@ def save_pictures(results, labels, args):
             title = f"lambda {member['lambda']:.2f}, {kind} cell; orange is not in the base's"
             plot_cell(axis, member["genotype"][kind], base[kind], title)
     for name, figure in figures.items():
-        figure.savefig(png := io.BytesIO(), dpi=110, bbox_inches="tight")
+        figure.savefig(png := io.BytesIO(), dpi=110)
         save(Path(args.out) / f"{name}.png", png.getvalue())
 
 # ---- 13. The run ---------------------------------------------------------------------------------
@@ -1210,7 +1225,7 @@ def report(ledger, response, base, data, args):
     table.writerows({key: json.dumps(value) if key == "genotype" else value
                      for key, value in row.items()} for row in ledger)
     save(Path(args.out) / "ledger.csv", text.getvalue().encode(errors="backslashreplace"))
-    save_pictures(results, data.splits["test"][1].cpu(), args)
+    save_pictures(results, of("one-shot"), data.splits["test"][1].cpu(), args)
     print_table(of("ours"), ["index", "lambda", "entries", "accuracy", "nll", "ece"])
     print_table(ensembles.values(), list(ensembles["ours"])[2:])
     say(f"\neverything is in {args.out}")

@@ -647,16 +647,29 @@ def test_only_a_worker_keeps_freed_memory_and_after_its_data_are_read(tmp_path, 
     assert [call[0] for call in calls.mock_calls[2:]] == [
         "load_data", "base_search", "load_data", "keep_freed_memory", "base_search"]
 
-def test_the_picture_of_a_hundred_members_has_an_axis_to_read(finished, monkeypatch):
+def test_the_picture_of_a_hundred_members_can_be_read_and_shows_disagreement(finished, monkeypatch):
     out, results = finished
+    shots = [row | {"lambda": float(row["lambda"])} for row in ledger(out, "one-shot")]
     monkeypatch.setattr(nes, "plot_cell", Mock())
     monkeypatch.setattr(nes, "save", Mock())
     monkeypatch.setattr(nes, "plot_response", dial := Mock(wraps=nes.plot_response))
-    for many in (1, 50):
+    for many in (50, 1):
         more = {"members": results["members"] * many}
-        nes.save_pictures(results | more, LABELS["test"], settings(out))
-        ticks = dial.call_args.args[0].figure.axes[1].get_xticks().tolist()
+        nes.save_pictures(results | more, shots, LABELS["test"], settings(out))
+        ticks = dial.call_args.args[0].figure.axes[2].get_xticks().tolist()
         assert len(ticks) < 20 and all(tick == int(tick) for tick in ticks)
+        figure = dial.call_args.args[0].figure
+        boxes = [axis.get_tightbbox() for axis in figure.axes]
+        assert all(one.x1 < other.x0 for one, other in zip(boxes, boxes[1:]))  # no label touches
+    own, shared = figure.axes[1].lines
+    at = lambda line, lam: line.get_ydata()[[*line.get_xdata()].index(lam)]
+    probs = lambda rows: torch.stack([nes.load(out / row["file"])["test"] for row in rows])
+    for line, rows in ((own, results["members"]), (shared, shots)):
+        assert [*line.get_xdata()] == sorted(row["lambda"] for row in rows)
+        for row in rows:  # of two networks the metric is the share on which they differ
+            pair = nes.ensemble_metrics(probs([rows[0], row]), LABELS["test"])
+            assert at(line, row["lambda"]) == approx(pair["disagreement"])
+    assert max(own.get_ydata()) > 0
 
 def test_process_groups_of_others_and_none_and_fewer_gpus_than_processes(monkeypatch):
     monkeypatch.setattr(nes, "dist", group := Mock(get_rank=lambda: 5, get_world_size=lambda: 6))
