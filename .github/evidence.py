@@ -1,16 +1,20 @@
-"""What evidence.sh ran, made small: CSV files in ledger/ and two pictures, from its run folders.
+"""What evidence.sh ran, made small: CSV files in ledger/ and pictures, from its run folders.
 
     python .github/evidence.py DIR CIFAR    from the run folders; what is not finished is left out
     python .github/evidence.py              the tables of results.md, from the saved CSV files alone
 
 DIR, CIFAR: as for evidence.sh. Writes beside itself:
     ledger/fmnist-S.csv, epochs-E-S.csv, ...   the ledgers of the runs, S their seed
+    ledger/shots.csv        each network in one shot: its lambda, how often it disagrees with that
+                            at lambda = 0; finding.png shows it beside the trained twins
+    ledger/sizes.csv        the first 1, 2, 3, 5, 10 and 20 networks in one shot, together
     ledger/scores.csv       each ensemble: epochs, size, scores; compute.png is its picture
     ledger/elsewhere.csv    the main ensembles on shifted and on foreign images
-    ledger/pairs.csv        entries that two networks share, and how often they disagree; pairs.png
+    ledger/pairs.csv        entries that two networks share, and how often they disagree
     ledger/control.csv      the dial with L_val, without it, and changes at random
     ledger/dial.csv         matched entries against lambda, of each search
     ledger/ablation.csv     the same with an ingredient left out, and accuracy in one shot
+Other scripts write twins.csv, few.csv and when.csv: twins.py, few.py, when.py.
 """
 import argparse
 import itertools
@@ -52,6 +56,92 @@ def lines_of(rows, *keys):
     return {", ".join(values): {row["seed"]: row for row in found}
             for values, found in by(rows, *keys).items()}
 
+# ---- The finding: what moves predictions? --------------------------------------------------------
+
+TWINS = {"weight": "one weight by 1e-6", "entry": "one entry", "sixteen": "all sixteen entries",
+         "init": "the initial weights", "order": "the order of batches", "both": "a new seed: both",
+         "both-sixteen": "a new seed and all sixteen entries"}
+TWIN = {"disagreement": ("disagree, %", 100, 2), "accuracy": ("the pair's accuracy, %", 100, 2),
+        "gain": ("its NLL, less the mean of the two", 1, 4)}
+TWIN_QUESTIONS = [(TWINS[one], TWINS[other]) for one, other in (
+    ("entry", "weight"), ("sixteen", "weight"), ("both", "weight"), ("sixteen", "both"),
+    ("both-sixteen", "both"))]
+
+def twin_lines(rows):
+    """What is changed -> seed -> row; where a seed has several draws, their mean."""
+    return {TWINS[change]: {seed: {key: mean(draws, key) for key in TWIN}
+                            for (seed,), draws in by(same, "seed").items()}
+            for (change,), same in by(rows, "change").items() if change in TWINS}
+
+SIZES = {"accuracy": ("accuracy, %", 100, 2), "nll": ("NLL", 1, 4)}
+
+def plot_twins(rows, path):
+    """Disagreement against what is changed, a point a seed."""
+    figure, lines = Figure((7, 4), layout="constrained"), twin_lines(rows)
+    axis = figure.subplots()
+    for y, seeds in enumerate(lines.values()):
+        values = [100 * row["disagreement"] for row in seeds.values()]
+        axis.plot(values, [y] * len(values), "o", color="tab:blue", alpha=0.5)
+        axis.plot(statistics.mean(values), y, "|", color="black", markersize=18)
+    axis.set(xlim=(0, None), yticks=range(len(lines)), yticklabels=lines,
+             xlabel="test images on which two networks disagree, %",
+             title="All else equal, what is changed? A point a seed, a bar their mean")
+    axis.invert_yaxis()
+    figure.savefig(path, dpi=110)
+
+def shot_rows(folder, rows, labels):
+    """Rows of shots.csv and of sizes.csv, of the networks in one shot, the first at lambda = 0."""
+    shots = [row for row in rows if row["method"] == "one-shot" and row["file"]]
+    probs = probabilities(folder, [row["file"] for row in shots])
+    scores = lambda probs: nes.ensemble_metrics(probs, labels)
+    alone = scores(probs[:1])["accuracy"]
+    return [{"seed": row["seed"], "lambda": row["lambda"], "entries": row["entries"],
+             "disagreement": scores(probs[[0, i]])["disagreement"], "accuracy": row["accuracy"],
+             "gained": float(row["accuracy"]) - alone} for i, row in enumerate(shots)], [
+            {"seed": rows[0]["seed"], "networks": count, **scores(probs[:count])}
+            for count in (1, 2, 3, 5, 10, 20)]
+
+SHOTS = {"disagreement": ("disagree with lambda = 0, %", 100, 2),
+         "gained": ("accuracy, less that at lambda = 0, points", 100, 2)}
+
+def shot_table(rows):
+    """Of the twenty networks in one shot those at five lambdas."""
+    lines = [["lambda", "entries that are the base's", *(title for title, _, _ in SHOTS.values())]]
+    for (lam,), seeds in sorted(by(rows, "lambda").items()):
+        if f"{float(lam):.2f}" in ("0.06", "0.12", "0.24", "0.35", "0.47"):
+            lines.append([f"{float(lam):.2f}", f"{mean(seeds, 'entries'):.1f}", *(
+                mean_interval([scale * float(row[key]) for row in seeds], places)
+                for key, (_, scale, places) in SHOTS.items())])
+    return markdown(lines)
+
+def plot_finding(dial, shots, twins, path):
+    """Architectures along the dial, and predictions along it: means, and a point a seed."""
+    figure = Figure((10, 4), layout="constrained")
+    (left, right), level = figure.subplots(1, 2, sharex=True), by(twins, "change")
+    percent = lambda rows: 100 * mean(rows, "disagreement")
+    def curve(axis, rows, scale, key, color, label):
+        points = sorted((float(lam), scale * mean(same, key))
+                        for (lam,), same in by(rows, "lambda").items())
+        axis.plot(*zip(*points), "-", color=color, label=label)
+        axis.plot([float(row["lambda"]) for row in rows], [scale * float(row[key]) for row in rows],
+                  ".", color=color, alpha=0.4)
+    entries = [{"lambda": t, "entries": row[t]} for row in dial for t in TENTHS]
+    curve(left, entries, 1, "entries", "tab:blue", "hypernetwork")
+    left.plot([0, 1], [nes.ENTRIES, 0], ":", color="grey", label="ideal: 16 (1 - lambda)")
+    left.set(xlabel="lambda", ylabel="entries of 16 that are the base's", ylim=(0, None),
+             title="Lambda is a dial of architectures ...")
+    zero = [{"lambda": 0, "disagreement": 0}]
+    curve(right, shots, 100, "disagreement", "tab:orange", "in one shot, weights shared")
+    curve(right, level["dial",] + zero, 100, "disagreement", "tab:blue", "trained, seed held")
+    for change, style, label in (("both", "--", "another seed"),
+                                 ("weight", ":", "one weight moved by 1e-6")):
+        right.axhline(percent(level[change,]), ls=style, color="grey", label=label)
+    right.set(xlabel="lambda", ylabel="test images on which it\ndisagrees with lambda = 0, %",
+              ylim=(0, None), title="... and hardly one of predictions")
+    for axis in (left, right):
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
 # ---- Scores: what to choose with a budget of epochs ----------------------------------------------
 
 SHOT = [("one network", "single", 1), ("one shot of 20", "one-shot", 20)]
@@ -60,7 +150,10 @@ RUNS = {  # kind of run -> its ensembles: title, method, how many of its first n
     "fmnist": [*SHOT, ("two deep", "deep", 2), ("two of ours", "ours", 2), ("five deep", "deep", 5),
                ("five of ours", "ours", 5), ("five perturbed", "perturbed", 5),
                ("five random", "random", 5)],
-    "epochs-12": LONG, "epochs-20": LONG, "wide": [("one wide network", "single", 1)]}
+    "epochs-12": LONG, "epochs-20": LONG, "wide": [("one wide network", "single", 1)],
+    "augmented-12": [(f"{title}, augmented", method, count) for title, method, count in SHOT]}
+# A search takes as long as so many epochs of one network: 68 s against 49 s, one thread, alone
+SEARCH_EPOCHS = 1.4
 
 def tempered_nll(probs, labels, T):
     """NLL of p^(1/T), normalised; p: the ensemble's mean of probs (M, N, Y)."""
@@ -82,7 +175,6 @@ def size(path):
 def score_rows(folder, kind, rows, data, args):
     """A row of scores.csv for each ensemble of a run folder that RUNS names."""
     found, labels = [], {split: data.splits[split][1] for split in ("selection", "test")}
-    seconds = {row["file"]: float(row["seconds"]) for row in rows if row["file"]}
     for title, method, count in RUNS[kind]:
         files = files_of(rows, method)[:count]
         if len(files) < count:
@@ -91,12 +183,10 @@ def score_rows(folder, kind, rows, data, args):
         epochs = args.shared_epochs if shot else count * args.epochs
         T = temperature(probabilities(folder, files, "selection"), labels["selection"])
         sizes = [size(folder / file) for file in dict.fromkeys(files)]
-        searches = (["base"] * (method != "random") + ["hyper"] * (shot or method == "ours")
-                    + ["shared"] * shot)
-        searched = sum(nes.load(folder / f"{name}.pt")["seconds"] for name in searches)
+        searches = (method != "random") + (shot or method == "ours")
         found.append({
             "seed": str(args.seed), "method": title, "epochs": str(epochs),
-            "seconds": searched + sum(seconds[file] for file in dict.fromkeys(files)),
+            "with_searches": epochs + SEARCH_EPOCHS * searches, "networks": len(sizes),
             "parameters": sum(net for net, _ in sizes), "multiplications": sum(m for _, m in sizes),
             "compute": epochs * statistics.mean(m for _, m in sizes),
             "temperature": T, "nll_tempered": tempered_nll(probs, labels["test"], T),
@@ -105,10 +195,11 @@ def score_rows(folder, kind, rows, data, args):
 
 # column -> (title, scale, digits)
 SCORES = {"accuracy": ("accuracy, %", 100, 2), "nll": ("NLL", 1, 4),
-          "nll_tempered": ("NLL, tempered", 1, 4), "ece": ("ECE", 1, 4)}
-SIZES = {"parameters": ("parameters, thousands", 1e-3, 0),
-         "multiplications": ("multiplications, millions", 1e-6, 1),
-         "seconds": ("minutes", 1 / 60, 0), "temperature": ("temperature", 1, 2),
+          "nll_tempered": ("NLL, tempered", 1, 4), "ece": ("ECE", 1, 4), "brier": ("Brier", 1, 4)}
+COSTS = {"with_searches": ("epochs, with searches", 1, 1),
+         "networks": ("networks that predict", 1, 1),
+         "multiplications": ("their multiplications, millions", 1e-6, 1),
+         "parameters": ("parameters, thousands", 1e-3, 0), "temperature": ("temperature", 1, 2),
          "disagreement": ("disagree, %", 100, 2)}
 
 def compared_table(points, pairs, columns):
@@ -119,32 +210,74 @@ def compared_table(points, pairs, columns):
               for one, other in pairs if one in points and other in points]
     return markdown(lines)
 
+def cost_table(points):
+    """COSTS of some lines, means over the seeds."""
+    lines = [["method", *(title for title, _, _ in COSTS.values())]]
+    lines += [[title, *(f"{scale * mean(points[title].values(), key):.{places}f}"
+                        for key, (_, scale, places) in COSTS.items())]
+              for title in COSTED if title in points]
+    return markdown(lines)
+
 DEEP, OURS = "five deep, 25", "five of ours, 25"  # epochs
-SIZED = ("one network, 12", "one wide network, 6", "one shot of 20, 12", DEEP, OURS,
-         "five perturbed, 25", "five random, 25")
+COSTED = ("one network, 12", "one wide network, 6", "two deep, 10", "one shot of 20, 12", DEEP,
+          OURS, "five perturbed, 25", "five random, 25")
 QUESTIONS = [(OURS, DEEP), (OURS, "five perturbed, 25"), (OURS, "five random, 25"),
-             (DEEP, "one network, 20"), (OURS, "one wide network, 6"),
+             (DEEP, "one network, 20"), ("one network, 20", "one network, 12"),
+             (OURS, "one wide network, 6"), ("two deep, 10", "one network, 12"),
              *((f"one shot of 20, {epochs}", f"one network, {epochs}") for epochs in (5, 12, 20)),
              ("one shot of 20, 12", "base in one shot, 12"), ("one shot of 20, 12", "two deep, 10")]
+ONE, SHOT_12 = "one network, augmented, 12", "one shot of 20, augmented, 12"
+REGULARISED = [(SHOT_12, ONE), (ONE, "one network, 12"), (SHOT_12, "one shot of 20, 12"),
+               (ONE, "one shot of 20, 12")]
+HELD = "five of the dial, seed held"
+# These lines are in scores.csv alone, lest the table be longer than what it shows
+LESS = ("one shot of 20, 5", "one shot of 20, 20", "base in one shot, 20")
 
 def plot_compute(points, path):
-    """Accuracy and NLL against epochs of training, a wide network's by its multiplications."""
+    """Accuracy and NLL against the cost of training and searching, in epochs of one network; a wide
+    network's epochs count by their multiplications. Bars: a standard deviation."""
     figure, one = Figure((10, 4), layout="constrained"), points["one network, 5"].values()
     lines = {"one network": "one network", "one wide network": "one wide network",
              "one shot of 20": "twenty in one shot", "deep": "two and five, deep ensemble",
              "of ours": "two and five of ours"}
+    cost = lambda seeds: (5 * mean(seeds, "compute") / mean(one, "compute")
+                          + mean(seeds, "with_searches") - mean(seeds, "epochs"))
     axes = figure.subplots(1, 2)
     for axis, key, scale, label in zip(axes, ("accuracy", "nll"), (100, 1),
                                        ("test accuracy, %", "NLL, nats")):
         for name, title in lines.items():
-            found = [seeds.values() for point, seeds in points.items() if f"{name}," in point]
+            found = [seeds.values() for point, seeds in points.items() if f"{name}," in point
+                     and "augmented" not in point]
             if found:
-                axis.plot([5 * mean(seeds, "compute") / mean(one, "compute") for seeds in found],
-                          [scale * mean(seeds, key) for seeds in found], "o-", label=title)
-        axis.set(xlabel="cost of training, in epochs of one network", ylabel=label,
+                values = [[scale * float(row[key]) for row in seeds] for seeds in found]
+                axis.errorbar([cost(seeds) for seeds in found], [*map(statistics.mean, values)],
+                              [*map(statistics.stdev, values)], fmt="o-", capsize=2, label=title)
+        axis.set(xlabel="cost of training and searching, in epochs of one network", ylabel=label,
                  xticks=range(0, 30, 5))
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
+
+# ---- Few images, copies that part late, and how low an ECE can be --------------------------------
+
+FEW = {"accuracy": ("accuracy, %", 100, 2), "nll": ("NLL", 1, 4),
+       "nll_tempered": ("NLL, tempered", 1, 4), "disagreement": ("disagree, %", 100, 2),
+       "train_loss": ("training loss", 1, 3)}
+FEW_QUESTIONS = [(f"five {one}, {count}", f"{other}, {count}") for count in (1000, 5000)
+                 for one, other in (("of ours", "five deep"), ("random", "five deep"),
+                                    ("deep", "one network"))]
+WHEN = {"disagreement": ("disagree, %", 100, 2), "accuracy": ("accuracy, %", 100, 2),
+        "nll": ("NLL", 1, 4)}
+FLOOR = {"ece": ("ECE", 1, 4), "floor": ("ECE, were it calibrated", 1, 4),
+         "spread": ("deviation of that", 1, 4)}
+
+def calibration_row(seed, method, probs, labels, draws=200):
+    """How low can an ECE be? On labels drawn from the predictions, which are calibrated for them,
+    it is above 0 by chance alone. A row of calibration.csv."""
+    p, generator = probs.mean(dim=0), nes.rng("calibration", seed)
+    drawn = torch.multinomial(p, draws, replacement=True, generator=generator).T
+    eces = [nes.ensemble_metrics(p[None], some)["ece"] for some in drawn]
+    return {"seed": seed, "method": method, "ece": nes.ensemble_metrics(probs, labels)["ece"],
+            "floor": statistics.mean(eces), "spread": statistics.stdev(eces)}
 
 # ---- Elsewhere: shifted and foreign images -------------------------------------------------------
 
@@ -204,7 +337,7 @@ def foreign_images(root, shape, count=5000):
     paths = paths[::max(1, len(paths) // count)]
     return torch.stack([nes.read_image(path, shape) for path in paths])
 
-# ---- Does lambda mean anything in function? ------------------------------------------------------
+# ---- Pairs of trained networks: architectures alike, predictions alike? --------------------------
 
 def pair_rows(folder, rows, labels):
     """Of all pairs of different networks that share as many entries: how often they disagree."""
@@ -222,49 +355,41 @@ def pair_rows(folder, rows, labels):
                   for (entries,), same in sorted(by(pairs, "entries").items())]
     return found
 
-def pair_table(rows):
-    """The slope of a line through all pairs, a seed each: points of disagreement an entry."""
-    lines = [["pairs of networks", "seeds", "disagreement for each shared entry, points"]]
-    for (kind,), found in by(rows, "method").items():
-        slopes = []
-        for same in by(found, "seed").values():
-            x, y = ([float(row[key]) for row in same for _ in range(int(row["pairs"]))]
-                    for key in ("entries", "disagreement"))
-            slopes.append(100 * statistics.linear_regression(x, y).slope)
-        lines.append([kind, str(len(slopes)), mean_interval(slopes, 3)])
-    return markdown(lines)
+def slopes(groups, x, y, scale=100):
+    """Of each seed's rows the slope of a line through (x, y), as mean and interval."""
+    return mean_interval([scale * statistics.linear_regression(
+        *([float(row[key]) for row in rows] for key in (x, y))).slope for rows in groups], 3)
 
-def plot_pairs(rows, path):
-    figure = Figure((6, 4), layout="constrained")
-    axis = figure.subplots()
+def pair_table(rows):
+    """Points of disagreement for each entry that two networks share. Pairs of one architecture, or
+    nearly, pull the line down at its end: so it is drawn without them, too."""
+    lines = [["pairs of networks", "disagreement for each shared entry, points"]]
     for (kind,), found in by(rows, "method").items():
-        points = sorted((int(entries), 100 * mean(same, "disagreement"))
-                        for (entries,), same in by(found, "entries").items())
-        axis.plot(*zip(*points), "o-", label=f"{kind}, mean of the seeds")
-    axis.set(xlabel="entries of 16 that two networks share", ylabel="test images on which they "
-             "disagree, %", title="Architectures alike, predictions alike?", ylim=(0, None))
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+        for title, most in ((kind, nes.ENTRIES), (f"{kind}, that share at most 14", 14)):
+            pairs = [[row for row in same for _ in range(int(row["pairs"]))
+                      if int(row["entries"]) <= most] for same in by(found, "seed").values()]
+            lines.append([title, slopes(pairs, "entries", "disagreement")])
+    return markdown(lines)
 
 # ---- What does L_val give? -----------------------------------------------------------------------
 
 CONTROL = {"dial_error": ("dial error", 1, 3),
-           "shot_mean": ("in one shot: member, %", 100, 2), "shot_nll": ("NLL of 20", 1, 4),
-           "trained_mean": ("trained: member, %", 100, 2), "trained_nll": ("NLL of 5", 1, 4)}
+           "shot_mean": ("in one shot: a member, %", 100, 2),
+           "shot_accuracy": ("20 together, %", 100, 2), "shot_nll": ("their NLL", 1, 4),
+           "shot_disagreement": ("they disagree, %", 100, 2),
+           "trained_mean": ("trained: a member, %", 100, 2),
+           "trained_accuracy": ("5 together, %", 100, 2), "trained_nll": ("their NLL", 1, 4),
+           "trained_disagreement": ("they disagree, %", 100, 2)}
 CONTROLS = {"fmnist": "with L_val", "blind": "without L_val", "perturbed": "changed at random"}
 
-def control_row(folder, kind, rows, results, data):
-    """A row of control.csv: five trained networks, twenty in one shot; selection split."""
-    labels = data.splits["selection"][1]
-    trained, shots = (probabilities(folder, files_of(rows, method), "selection")
-                      for method in ("ours", "one-shot"))
-    alone = lambda probs: statistics.mean(
-        nes.ensemble_metrics(one[None], labels)["accuracy"] for one in probs)
-    return {"seed": rows[0]["seed"], "method": CONTROLS[kind],
-            "dial_error": results["lambda_response"]["dial_error"],
-            "shot_mean": alone(shots), "shot_nll": nes.ensemble_metrics(shots, labels)["nll"],
-            "trained_mean": alone(trained),
-            "trained_nll": nes.ensemble_metrics(trained, labels)["nll"]}
+def control_row(kind, rows, dial_error):
+    """A row of control.csv, of a run's ledger: five trained networks, twenty in one shot; test."""
+    found = {"seed": rows[0]["seed"], "method": CONTROLS[kind], "dial_error": dial_error}
+    for name, method in (("shot", "one-shot"), ("trained", "ours")):
+        ensemble, = (row for row in rows if (row["method"], row["index"]) == (method, "ensemble"))
+        found |= {f"{name}_mean": ensemble["member_mean"], **{
+            f"{name}_{key}": ensemble[key] for key in ("accuracy", "nll", "disagreement")}}
+    return found
 
 # ---- The dial, and its ingredients ---------------------------------------------------------------
 
@@ -290,37 +415,70 @@ def dial_table(rows):
 # ---- All of it -----------------------------------------------------------------------------------
 
 SAVED, SEARCHES = HERE / "ledger", ("deep", "ours", "random", "nes-rs", "darts")
-FILES = ("scores", "elsewhere", "pairs", "control", "dial", "ablation")
+FILES = ("scores", "elsewhere", "pairs", "control", "dial", "ablation", "shots", "sizes")
+OTHERS = ("twins", "few", "when", "calibration")  # of other scripts
+PRINTED = ("elsewhere, ours", "ingredients, compared", "disagreement, ours",
+           "accuracy, points, from lambda 0 to 1", "pairs", "calibration")
 
 def tables():
-    """title -> Markdown, of the saved CSV files that are there; results.md holds each of them."""
+    """title -> Markdown, of the saved CSV files that are there. results.md holds each of them but
+    those in PRINTED, of which it has numbers in its prose."""
     fmnist, cifar = (sorted(SAVED.glob(f"{name}-?.csv")) for name in ("fmnist", "cifar10"))
     some = [path for path in fmnist if ("darts",) in by(read(path), "method")]
-    saved = {name: read(SAVED / f"{name}.csv") for name in FILES}
-    scores, elsewhere, pairs, control, dial, ablation = saved.values()
+    scores, elsewhere, pairs, control, dial, ablation, shots, sizes, twins, few, when, floor = (
+        read(SAVED / f"{name}.csv") for name in (*FILES, *OTHERS))
     points, there = lines_of(scores, "method", "epochs"), lines_of(elsewhere, "method")
     # only the seeds that all lines have, so that the lines can be compared
     common = set.intersection(*map(set, points.values())) if points else ()
     points = {title: {seed: seeds[seed] for seed in sorted(common)}
               for title, seeds in points.items()}
+    held = {HELD: {row["seed"]: row for row in twins if row["change"] == "five of the dial"}}
+    ours = [[row for row in read(path) if row["method"] == "ours" and row["file"]]
+            for path in fmnist]
     controls, without = lines_of(control, "method"), lines_of(ablation, "without")
+    fewer = lines_of(few, "method", "images")
     found = {
-        "scores": scores and score_table(points, SCORES),
-        "sizes": scores and score_table(
-            {title: points[title] for title in SIZED if title in points}, SIZES),
+        "twins": twins and score_table(twin_lines(twins), TWIN),
+        "twins, compared": twins and compared_table(twin_lines(twins), TWIN_QUESTIONS, TWIN),
+        "seed held": twins and scores and compared_table(
+            points | held, [(HELD, OURS)], report.known(held, SCORES | report.COLUMNS)),
+        "shots": shots and shot_table(shots),
+        "sizes": sizes and score_table(lines_of(sizes, "networks"), SIZES),
+        "CIFAR-10": cifar and report.report(cifar, columns=report.COLUMNS),
+        "augmented": ONE in points and compared_table(points, REGULARISED, SCORES),
+        "few": few and score_table(fewer, FEW),
+        "few, compared": few and compared_table(fewer, FEW_QUESTIONS, FEW),
+        "when": when and score_table(lines_of(when, "alone", "epochs"), WHEN),
+        "scores": scores and score_table(
+            {title: points[title] for title in points if title not in LESS}, SCORES),
         "scores, compared": scores and compared_table(points, QUESTIONS, SCORES),
+        "costs": scores and cost_table(points),
         "other searches": some and report.report(some, SEARCHES, report.COLUMNS),
-        "elsewhere": there and score_table(there, ELSEWHERE),
-        "elsewhere, compared": there and score_table(there, ELSEWHERE_COMPARED, "five deep"),
-        "pairs": pairs and pair_table(pairs),
-        "control, compared": controls and score_table(controls, CONTROL, "with L_val"),
         "dial": dial and dial_table(dial),
+        "control, compared": controls and score_table(controls, CONTROL, "with L_val"),
+        "elsewhere, compared": there and score_table(there, ELSEWHERE, "five deep"),
         "ingredients": without and score_table(without, ABLATION),
-        "CIFAR-10": cifar and report.report(cifar, columns=report.COLUMNS)}
+        "elsewhere, ours": there and compared_table(there, [
+            ("five of ours", other) for other in ("five perturbed", "five random")], ELSEWHERE),
+        "ingredients, compared": without and score_table(without, ABLATION, "default"),
+        "disagreement, ours": scores and compared_table(
+            points, [(OURS, DEEP), (OURS, "five random, 25")], COSTS),
+        "accuracy, points, from lambda 0 to 1": ours and slopes(ours, "lambda", "accuracy"),
+        "pairs": pairs and pair_table(pairs),
+        "calibration": floor and score_table(lines_of(floor, "method"), FLOOR)}
     return {title: text for title, text in found.items() if text}
 
+def pictures():
+    """finding.png, twins.png and compute.png, of the saved CSV files."""
+    twins, shots, dial, scores = (read(SAVED / f"{name}.csv")
+                                  for name in ("twins", "shots", "dial", "scores"))
+    dial = [row for row in dial if row["run"] == "fmnist"]
+    plot_twins(twins, HERE / "twins.png")
+    plot_finding(dial, shots, twins, HERE / "finding.png")
+    plot_compute(lines_of(scores, "method", "epochs"), HERE / "compute.png")
+
 def collect(out, cifar):
-    """Write the CSV files and the pictures from the run folders that are finished."""
+    """Write the CSV files from the run folders that are finished."""
     files, foreign = {name: [] for name in FILES}, None
     for folder in sorted(Path(out).iterdir()):
         ablation = [{"run": folder.name} | row for row in read(folder / "ablation.csv")]
@@ -339,8 +497,13 @@ def collect(out, cifar):
         data = nes.load_data(args.dataset, str(HERE.parent / "data"), seed=args.seed)
         if kind in RUNS:
             files["scores"] += score_rows(folder, kind, rows, data, args)
+        if kind == "epochs-12":
+            shots, sizes = shot_rows(folder, rows, data.splits["test"][1])
+            files["shots"] += shots
+            files["sizes"] += sizes
         if kind in CONTROLS:
-            files["control"].append(control_row(folder, kind, rows, results, data))
+            error = results["lambda_response"]["dial_error"]
+            files["control"].append(control_row(kind, rows, error))
         if kind == "fmnist":
             foreign = foreign_images(cifar, data.shape) if foreign is None else foreign
             files["elsewhere"] += elsewhere_rows(folder, rows, data, foreign)
@@ -350,14 +513,11 @@ def collect(out, cifar):
         if rows:
             report.write(SAVED / f"{name}.csv", rows)
             print(f"{name}.csv: {len(rows)} rows")
-    if "one network, 5" in (points := lines_of(files["scores"], "method", "epochs")):
-        plot_compute(points, HERE / "compute.png")
-        plot_pairs(files["pairs"], HERE / "pairs.png")
-
 if __name__ == "__main__":
     if len(sys.argv) not in (1, 3):
         sys.exit(__doc__)
     if len(sys.argv) == 3:
         collect(*sys.argv[1:])
+    pictures()
     for title, text in tables().items():
         print(f"\n{title}\n\n{text}")

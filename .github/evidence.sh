@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All runs of the evidence in results.md, one after the other, into one folder; what is there is
-# kept, and a run that was killed goes on. Some fifteen hours on two cores:
+# kept, and a run that was killed goes on. Some twenty-two hours on two cores:
 #     bash .github/evidence.sh DIR CIFAR
 # DIR: where the run folders are made; CIFAR: CIFAR-10 as a folder of train/ and test/.
 set -euo pipefail
@@ -28,6 +28,9 @@ for seed in 0 1 2 3 4; do
     nes --samples 1 --baselines single --epochs $epochs --shared-epochs $epochs --seed $seed \
       --out "$out/epochs-$epochs-$seed"
   done
+  with_search_of "$run" "$out/augmented-12-$seed"
+  nes --samples 1 --baselines single --epochs 12 --shared-epochs 12 --mirror --crop 2 \
+    --seed $seed --out "$out/augmented-12-$seed"
   with_search_of "$run" "$out/wide-$seed"
   nes --samples 1 --baselines single --channels 24 --cells 3 --epochs 6 --shared-epochs 0 \
     --seed $seed --out "$out/wide-$seed"
@@ -43,8 +46,13 @@ dial half --hyper-steps 500
 dial paper --objective paper --lambda-max 4
 wait
 OMP_NUM_THREADS=1 python "$(dirname "$0")/ablation.py" --out "$out/ablation"
-for seed in 0 1 2; do      # another data set
+for seed in 0 1 2 3 4 5 6 7; do  # another data set
   nes --dataset "$cifar" --samples 3 --epochs 6 --shared-epochs 6 --crop 4 --mirror --seed $seed \
     --baselines single deep perturbed --out "$out/cifar10-$seed"
 done
 for seed in 0 1 2; do main $seed single deep perturbed random nes-rs darts; done
+# Last, as these take the architectures of the main runs from the ledgers
+python "$(dirname "$0")/evidence.py" "$out" "$cifar"
+python "$(dirname "$0")/twins.py" "$out" 0 1 2 3 4
+python "$(dirname "$0")/few.py" "$out" 1000 0 1 2 3 4
+python "$(dirname "$0")/when.py" "$out" 0 1 2

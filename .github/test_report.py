@@ -1,4 +1,4 @@
-"""Tests of report.py, evidence.py and ablation.py, by hand: pytest .github/test_report.py"""
+"""Tests of the scripts beside this file, by hand: pytest .github/test_report.py"""
 import json
 import math
 import sys
@@ -11,6 +11,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import ablation
 import evidence
+import few
+import twins
+import when
 from evidence import nes, report
 
 def write_run(folder, seed, scores, **settings):
@@ -66,26 +69,26 @@ def test_size_by_hand(tmp_path):
     assert evidence.size(tmp_path / "net.pt") == (
         9 * C + 9 * C * 4 * C + 2 * 4 * C * C + classifier + 3 + norms, stem + align + classifier)
 
-def save_run(folder, files, **searches):
+def save_run(folder, files):
     """Networks' files of a run folder: file -> probabilities of the truth, class 0 of two."""
     for file, right in files.items():
         probs = torch.tensor([[p, 1 - p] for p in right])
         nes.save(folder / file, {"selection": probs, "test": probs})
-    for name, seconds in searches.items():
-        nes.save(folder / f"{name}.pt", {"seconds": seconds})
 
 ZEROS = SimpleNamespace(splits={split: (torch.zeros(8, 1, 9, 9, dtype=torch.uint8),
                                         torch.zeros(8).long()) for split in ("selection", "test")})
 
 def test_scores_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "size", lambda path: (10, 20.0))
-    save_run(tmp_path, {"a.pt": [0.9] * 8, "b.pt": [0.9] * 6 + [0.3] * 2}, base=1, hyper=2)
-    rows = [{"method": method, "file": file, "chosen": "1", "seconds": 100}
+    save_run(tmp_path, {"a.pt": [0.9] * 8, "b.pt": [0.9] * 6 + [0.3] * 2})
+    rows = [{"method": method, "file": file, "chosen": "1"}
             for method, file in (("single", "a.pt"), ("ours", "a.pt"), ("ours", "b.pt"))]
     args = SimpleNamespace(seed=3, epochs=5, shared_epochs=5)
     single, ours = evidence.score_rows(tmp_path, "fmnist", rows, ZEROS, args)
-    assert (single["method"], single["epochs"], single["seconds"]) == ("one network", "5", 101)
-    assert (ours["method"], ours["epochs"], ours["seconds"]) == ("two of ours", "10", 203)
+    assert [(row["method"], row["epochs"], row["networks"]) for row in (single, ours)] == [
+        ("one network", "5", 1), ("two of ours", "10", 2)]
+    assert single["with_searches"] == pytest.approx(5 + evidence.SEARCH_EPOCHS)
+    assert ours["with_searches"] == pytest.approx(10 + 2 * evidence.SEARCH_EPOCHS)
     assert (ours["parameters"], ours["multiplications"], ours["accuracy"]) == (20, 40.0, 1)
     text = evidence.compared_table(evidence.lines_of([single, ours], "method", "epochs"), [
         ("two of ours, 10", "one network, 5"), ("two of ours, 10", "none")],
@@ -116,25 +119,130 @@ def test_elsewhere_by_hand(tmp_path):
 
 def test_pairs_by_hand(tmp_path):
     base = nes.random_architecture(0)
+    entries = base.nonzero()
+    one = torch.zeros_like(base)
+    one[tuple(entries[0])] = 1                              # an architecture, as far as it matters
     for name, arch, right in (("a", base, [0.9] * 8), ("b", base, [0.9] * 7 + [0.1]),
-                              ("c", 0 * base, [0.1] * 8)):
+                              ("c", one, [0.1] * 8), ("d", 0 * base, [0.9] * 7 + [0.1])):
         nes.save(tmp_path / f"{name}.pt", {"network": {"arch": arch}, "test": torch.tensor(
             [[p, 1 - p] for p in right])})
-    rows = [{"seed": "0", "method": "ours", "file": f"{name}.pt", "chosen": "1"} for name in "abc"]
+    rows = [{"seed": "0", "method": "ours", "file": f"{name}.pt", "chosen": "1"} for name in "abcd"]
     found = evidence.pair_rows(tmp_path, rows, torch.zeros(8).long())
     assert [(row["entries"], row["pairs"], row["disagreement"]) for row in found] == [
-        (0, 2, 15 / 16), (16, 1, 1 / 8)]
-    assert evidence.pair_table(found).endswith("| trained | 1 | -5.078 |")  # 100 (1/8 - 15/16) / 16
+        (0, 3, pytest.approx(1 / 3)), (1, 2, 15 / 16), (16, 1, 1 / 8)]
+    text = evidence.pair_table(found)
+    assert "| trained, that share at most 14 | +60.417 |" in text   # 100 (15/16 - 1/3)
+    # six pairs, at 0, 0, 0, 1, 1, 16: by the normal equations
+    x, y = torch.tensor([0., 0, 0, 1, 1, 16]), torch.tensor([1 / 3] * 3 + [15 / 16] * 2 + [1 / 8])
+    slope = 100 * ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+    assert f"| trained | {slope:+.3f} |" in text
 
-def test_control_by_hand(tmp_path):
-    save_run(tmp_path, {"a.pt": [0.9] * 8, "b.pt": [0.9] * 4 + [0.3] * 4})
-    rows = [{"seed": "0", "method": method, "file": file, "chosen": "1"}
-            for method in ("ours", "one-shot") for file in ("a.pt", "b.pt")]
-    results = {"lambda_response": {"dial_error": 0.5}}
-    row = evidence.control_row(tmp_path, "blind", rows, results, ZEROS)
+def test_control_is_of_the_ensembles_on_test():
+    ensemble = {"seed": "0", "index": "ensemble", "nll": "0.2", "disagreement": "0.1"}
+    rows = [ensemble | {"method": "ours", "accuracy": "0.9", "member_mean": "0.8"},
+            {"seed": "0", "method": "ours", "index": "0", "accuracy": "0.1"},
+            ensemble | {"method": "one-shot", "accuracy": "0.7", "member_mean": "0.6"}]
+    row = evidence.control_row("blind", rows, 0.5)
     assert (row["method"], row["dial_error"]) == ("without L_val", 0.5)
-    assert row["shot_mean"] == row["trained_mean"] == 0.75
-    assert row["trained_nll"] == pytest.approx(-(math.log(0.9) + math.log(0.6)) / 2)
+    assert (row["trained_accuracy"], row["trained_mean"], row["shot_accuracy"], row["shot_mean"],
+            row["shot_nll"]) == ("0.9", "0.8", "0.7", "0.6", "0.2")
+
+def test_twins_differ_in_one_thing_each():
+    base, dial = nes.random_architecture(0), [nes.random_architecture(i) for i in (0, 1)]
+    assert twins.architecture(json.dumps(nes.genotype(base))).equal(base)
+    key, other = (3, "twins"), (3, "twins", "other")
+    found = twins.twins(base, dial, 3)
+    assert {name: (nes.matched_entries(arch, base).item(), initial == key, order == key)
+            for name, (arch, initial, order) in found.items() if name[:4] != "dial"} == {
+        "base": (16, True, True), "weight": (16, True, True), "entry-0": (15, True, True),
+        "entry-1": (15, True, True), "sixteen": (0, True, True), "init": (16, False, True),
+        "order": (16, True, False), "both": (16, False, False), "both-sixteen": (0, False, False)}
+    assert found["dial-1"] == (dial[1], key, key) and "dial-0" not in found  # the base itself
+    for n in (1, 4):
+        some, more = (twins.changed(base, range(count), *key) for count in (n, n + 1))
+        assert some.sum(-1).equal(base.sum(-1)) and nes.discretise(some).equal(some)
+        assert nes.matched_entries(some, more) == 15 and nes.matched_entries(some, base) == 16 - n
+
+def test_twins_begin_alike_and_a_row_is_a_pair(tmp_path, monkeypatch):
+    args = nes.parse(["--dataset", "toy", "--channels", 2, "--epochs", 1, "--device", "cpu",
+                      "--out", tmp_path])
+    data, began = nes.load_data("toy"), []
+    monkeypatch.setattr(nes, "train", lambda name, net, *rest: began.append(net) or SimpleNamespace(
+        finish=lambda **result: None))
+    base, key = nes.random_architecture(0), (0, "twins")
+    for name, arch in (("base", base), ("weight", base),
+                       ("entry-0", twins.changed(base, [0], *key))):
+        twins.train(name, arch, key, key, data, args)
+    start, weight, entry = (net.state_dict() for net in began)
+    moved = {name: (weight[name] - start[name]).abs().max().item() for name in start
+             if not weight[name].equal(start[name])}
+    assert list(moved) == ["classifier.weight"] and 0 < moved["classifier.weight"] < 2e-6
+    common = start.keys() & entry.keys()
+    assert 0 < len(start.keys() - common) + len(entry.keys() - common)
+    assert all(start[name].equal(entry[name]) for name in common)
+    save_run(tmp_path, {"a.pt": [0.9] * 4000, "b.pt": [0.9] * 3000 + [0.1] * 1000})
+    for name in "ab":
+        state = nes.load(tmp_path / f"{name}.pt")
+        nes.save(tmp_path / f"{name}.pt", state | {"network": {"arch": base}})
+    labels = SimpleNamespace(splits={"test": (None, torch.zeros(4000).long())})
+    row = twins.row("weight", ["a", "b"], "", base, labels, args)
+    assert (row["entries"], row["members"], row["disagreement"]) == (0, 2, 0.25)
+    # alone -log .9, and in a quarter of the images of the other -log .1; together -log .5 there
+    gain = 0.25 * (-math.log(0.5) + (math.log(0.9) + math.log(0.1)) / 2)
+    assert row["gain"] == pytest.approx(gain, rel=1e-5)
+
+def test_twins_of_a_seed_count_once():
+    rows = [{"seed": seed, "change": change, "disagreement": share, "accuracy": 0.9, "gain": -0.1}
+            for seed, change, share in (("0", "weight", 0.1), ("1", "weight", 0.2),
+                                        ("0", "entry", 0.2), ("0", "entry", 0.4),
+                                        ("1", "entry", 0.2), ("0", "dial", 0.9))]
+    lines = evidence.twin_lines(rows)
+    assert list(lines) == ["one weight by 1e-6", "one entry"]
+    assert lines["one entry"]["0"]["disagreement"] == pytest.approx(0.3)
+    text = evidence.compared_table(lines, evidence.TWIN_QUESTIONS, evidence.TWIN)
+    # differences 20 and 0 points: mean 10, 12.706 * 14.142 / sqrt(2) = 127.06
+    assert "| one entry - one weight by 1e-6 | +10.00 [-117.06, +137.06] |" in text
+
+def test_shots_by_hand(tmp_path):
+    save_run(tmp_path, {"a.pt": [0.9] * 8, "b.pt": [0.9] * 6 + [0.3] * 2})
+    rows = [{"seed": "0", "method": "one-shot", "file": file, "lambda": lam, "entries": 16,
+             "accuracy": right} for file, lam, right in (("a.pt", 0, 1), ("b.pt", 0.3, 0.75))]
+    rows += [rows[0] | {"method": "ours"}, rows[0] | {"file": ""}]
+    shots, sizes = evidence.shot_rows(tmp_path, rows, torch.zeros(8).long())
+    assert [(row["disagreement"], row["gained"]) for row in shots] == [(0, 0), (0.25, -0.25)]
+    assert [row["accuracy"] for row in sizes[:2]] == [1, 1]             # together .6 of the truth
+    assert sizes[1]["nll"] == pytest.approx(-0.75 * math.log(0.9) - 0.25 * math.log(0.6))
+
+def test_an_ECE_that_chance_alone_gives():
+    # 400 coins of .5: of those drawn half are heads, with deviation .025; its mean size is that
+    # times sqrt(2 / pi)
+    probs, labels = torch.full((2, 400, 2), 0.5), torch.zeros(400).long()
+    row = evidence.calibration_row("0", "coins", probs, labels, draws=2000)
+    assert row["ece"] == pytest.approx(0.5)
+    assert row["floor"] == pytest.approx(0.025 * math.sqrt(2 / math.pi), rel=0.05)
+
+def test_few_images_are_of_the_training_ones_and_of_a_seed():
+    data = nes.load_data("toy")
+    images, labels = few.few(data, 50, 1).splits["both"]
+    assert len(images) == len(labels) == 50
+    there = {image.numpy().tobytes(): label.item() for image, label in zip(*data.splits["both"])}
+    assert all(there[image.numpy().tobytes()] == label for image, label in zip(images, labels))
+    assert not images.equal(few.few(data, 50, 2).splits["both"][0])
+    assert few.few(data, 50, 1).splits["test"] is data.splits["test"]
+
+def test_copies_go_on_from_the_checkpoint_where_they_part(tmp_path, monkeypatch):
+    args = nes.parse(["--dataset", "toy", "--channels", 2, "--epochs", 1, "--batch", 450,
+                      "--device", "cpu", "--out", tmp_path])
+    monkeypatch.setattr(when, "STEPS", (0, 2))
+    data, base = nes.load_data("toy"), nes.random_architecture(0)
+    when.keep_checkpoints(base, data, args)
+    for name, parted in (("late-0", "at-2"), ("late-1", "at-2"), ("early", "at-0")):
+        when.train(name, parted, base, (0, "when", name), data, args)
+    history = {name: nes.load_finished(name, args)["history"]
+               for name in ("base", "late-0", "late-1", "early")}
+    assert len(history["base"]) > 2 and history["late-0"][:2] == history["base"][:2]
+    assert history["late-1"][:2] == history["base"][:2] != history["early"][:2]
+    assert history["late-0"][2:] != history["late-1"][2:]
 
 def test_uncertainty_by_hand():
     # of six pairs three are larger outside, one is equal
@@ -183,4 +291,5 @@ def test_scores_are_of_the_seeds_that_all_lines_have(tmp_path, monkeypatch):
 def test_the_tables_of_results_are_those_of_the_ledgers():
     text = (Path(__file__).parent / "results.md").read_text()
     tables = evidence.tables()
-    assert len(tables) > 1 and not [title for title in tables if tables[title] not in text]
+    shown = tables.keys() - {*evidence.PRINTED}
+    assert len(shown) > 1 and not [title for title in shown if tables[title] not in text]

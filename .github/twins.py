@@ -1,4 +1,5 @@
-"""Twins: networks of which one thing differs, all else equal, for ledger/twins.csv.
+"""Twins: networks of which one thing differs, all else equal, for ledger/twins.csv; and, of two of
+their ensembles, how low an ECE can be, for ledger/calibration.csv.
 
     python .github/twins.py DIR 0 1 2 3 4
 
@@ -76,8 +77,13 @@ def row(change, names, lam, base, data, args):
             "accuracy": scores["accuracy"], "nll": scores["nll"],
             "gain": scores["nll"] - sum(alone) / len(alone)}
 
+def add(name, seed, rows):
+    """Put a seed's rows into a ledger, in place of those that it had."""
+    file = evidence.SAVED / f"{name}.csv"
+    others = [row for row in report.read(file) if row["seed"] != seed]
+    report.write(file, sorted(others + rows, key=lambda row: int(row["seed"])))
+
 def main(out, seeds):
-    file = evidence.SAVED / "twins.csv"
     for seed in seeds:
         args = nes.parse(["--seed", seed, "--device", "cpu", "--out", f"{out}/twins-{seed}"])
         data = nes.load_data("fmnist", str(evidence.HERE.parent / "data"), seed=args.seed)
@@ -92,12 +98,16 @@ def main(out, seeds):
             train(name, *made_of, data, args)
         held = ["dial-0" if "dial-0" in found else "base",
                 *(f"dial-{i}" for i in range(1, len(dial)))]
-        done = [row for row in report.read(file) if row["seed"] != seed]
-        done += [row(name.partition("-")[0] if name[:5] == "entry" else name, ["base", name], "",
-                     base, data, args) for name in found if name[:4] not in ("base", "dial")]
-        done += [row("dial", [held[0], name], lam, base, data, args)
-                 for name, lam in list(zip(held, lambdas))[1:]]
-        report.write(file, [*done, row("five of the dial", held, "", base, data, args)])
+        add("twins", seed, [
+            *(row(name.partition("-")[0] if name[:5] == "entry" else name, ["base", name], "",
+                  base, data, args) for name in found if name[:4] not in ("base", "dial")),
+            *(row("dial", [held[0], name], lam, base, data, args)
+              for name, lam in list(zip(held, lambdas))[1:]),
+            row("five of the dial", held, "", base, data, args)])
+        add("calibration", seed, [evidence.calibration_row(
+            seed, title, torch.stack([nes.load_finished(name, args)["test"] for name in names]),
+            data.splits["test"][1]) for title, names in (("one network", ["base"]),
+                                                         ("five of the dial", held))])
 
 if __name__ == "__main__":
     if len(sys.argv) < 3:

@@ -1,0 +1,61 @@
+"""Few images: one network, and five each of deep, ours and random, for ledger/few.csv.
+
+    python .github/few.py DIR 1000 0 1 2 3 4
+
+trains them on so many of the training images, 30 epochs, for the seeds named, into
+DIR/few-1000-SEED; what is there is kept, and a run that was killed goes on. A seed draws the images
+from the split "both"; selection and test are as they are. Architectures are those of
+ledger/fmnist-SEED.csv: searched on all images, as the pixels' mean and deviation are of all, too.
+"""
+import sys
+
+import torch
+
+import evidence
+from evidence import nes, report
+from twins import architecture
+
+METHODS = {"one network": ("deep", 1), "five deep": ("deep", 5), "five of ours": ("ours", 5),
+           "five random": ("random", 5)}
+
+def few(data, count, seed):
+    """The data with `count` of the images to train on."""
+    images, labels = data.splits["both"]
+    chosen = torch.randperm(len(labels), generator=nes.rng(seed, "few"))[:count]
+    return data._replace(splits=data.splits | {"both": (images[chosen], labels[chosen])})
+
+def row(title, names, count, data, args):
+    """A row of few.csv: an ensemble on test. train_loss: of its members, over the last epochs."""
+    files = [nes.load_finished(name, args) for name in names]
+    at = lambda split: torch.stack([file[split] for file in files])
+    labels = {split: data.splits[split][1] for split in ("selection", "test")}
+    T = evidence.temperature(at("selection"), labels["selection"])
+    return {"seed": args.seed, "images": count, "method": title, "epochs": args.epochs,
+            "train_loss": sum(file["history"][-1]["train"] for file in files) / len(files),
+            "temperature": T, "nll_tempered": evidence.tempered_nll(at("test"), labels["test"], T),
+            **nes.ensemble_metrics(at("test"), labels["test"])}
+
+def main(out, count, seeds):
+    file = evidence.SAVED / "few.csv"
+    for seed in seeds:
+        args = nes.parse(["--seed", seed, "--epochs", 30, "--device", "cpu",
+                          "--out", f"{out}/few-{count}-{seed}"])
+        data = nes.load_data("fmnist", str(evidence.HERE.parent / "data"), seed=args.seed)
+        data = few(data, int(count), args.seed)
+        torch.set_num_threads(1)
+        saved, found = report.read(evidence.SAVED / f"fmnist-{seed}.csv"), []
+        for title, (method, size) in METHODS.items():
+            genotypes = [row["genotype"] for row in saved if row["method"] == method][:size]
+            archs = [architecture(genotype) for genotype in genotypes]
+            names = [f"{nes.fingerprint(arch)}-{i}" for i, arch in enumerate(archs)]
+            for i, (name, arch) in enumerate(zip(names, archs)):
+                if not nes.file_of(name, args).exists():
+                    nes.train_member(name, arch, i, data, args)
+            found.append(row(title, names, count, data, args))
+        others = [row for row in report.read(file) if (row["seed"], row["images"]) != (seed, count)]
+        report.write(file, others + found)
+
+if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])
