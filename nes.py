@@ -1,25 +1,26 @@
 """Neural ensemble search with diversity control, in one file.
 
-  python nes.py --dataset toy --samples 3       does it run here? drawn shapes, a minute or two
+  python nes.py --dataset toy --samples 3       a quick test: drawn shapes, a minute or two
   python nes.py --dataset fmnist --samples 5    the method on Fashion-MNIST, with five members
 
-Results are in the run's folder, --out. The same command goes on where it was stopped.
+Results go to the run folder, --out. Repeat a command that was stopped, and it resumes.
 
 "Differentiable algorithm for searching ensembles of deep learning models with diversity control"
 (Yakovlev, Bakhteev, Petrushina, Babkin):
 
-  1  DARTS finds a base architecture:  min_alpha L_val(w*, alpha), w* = argmin_w L_train(w, alpha)
-  2  a hypernetwork learns a dial, lambda -> alpha(lambda), from the base at 0 to one that has
-     next to nothing of it at 1:       min_a E_lambda [L_val(w*, arch) + c (share(arch) - lambda)^2]
+  1  base: DARTS finds it              min_alpha L_val(w*, alpha), w* = argmin_w L_train(w, alpha)
+  2  hypernetwork: it learns a dial, lambda -> alpha(lambda), from the base at 0 to an architecture
+     with hardly any of it at 1        min_a E_lambda [L_val(w*, arch) + c (share(arch) - lambda)^2]
      arch: the finished architecture read off alpha(lambda), which the table a makes; share(arch):
      the share of the base's 16 entries that it lacks, its Jensen-Shannon divergence / ln 2
-  3  reading alpha(lambda_1), ..., alpha(lambda_M) gives M architectures, a look-up each
-  4  their ensemble is the answer:     p(y | x) = mean_m p_m(y | x)
+  3  sampling: alpha(lambda_1), ..., alpha(lambda_M) give M architectures, a look-up each
+  4  ensemble: their mean predicts     p(y | x) = mean_m p_m(y | x)
 
-Sections 1 to 8 are the method; 9 to 14 carry it and can wait: data, settings, keeping work,
-pictures, the run, CPU kernels. From these the method uses
+Step 1 is sections 1 to 3, step 2 section 4, step 3 section 5, step 4 sections 6 and 7; section 8
+has rivals. The rest can wait: data, settings, keeping work, pictures, the run, CPU kernels. From it
+the method uses
   rng(*key)            a random generator that depends on `key` alone
-  Progress(name, ..)   log rows and checkpoints of a training loop, which goes on after a kill
+  Progress(name, ..)   log rows and checkpoints of a training loop, which resumes after a kill
   save, load           files; file_of, load_finished: those of a finished search or network
   RANK, WORLD, barrier()   which process this is, of how many; wait for all of them
   fail(sentence)       an error, for the user to read
@@ -58,8 +59,8 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 # ---- 1. Architectures as tensors -----------------------------------------------------------------
-# An architecture is a tensor arch (2, E, O): arch[k, e, o] weighs operation o on edge e of cell
-# kind k. While DARTS searches it is soft, softmax(alpha), and every operation runs. A finished one
+# An architecture is a tensor arch (2, E, O): arch[kind, edge, operation] is that operation's weight
+# there. While DARTS searches it is soft, softmax(alpha), and every operation runs. A finished one
 # is 0/1 with 16 ones, its entries: in each cell two inputs for each of 4 nodes, an operation each.
 # Architectures stay on the CPU, where a network asks which of their numbers are 0.
 KINDS = ("normal", "reduction")
@@ -100,7 +101,7 @@ class FactorizedReduce(nn.Module):
         self.norm = nn.BatchNorm2d(C, affine=affine)
 
     def forward(self, x):
-        # As one dense 2x2 convolution with both in its kernel: several times faster on a CPU
+        # Both in the kernel of one dense 2x2 convolution: several times faster on a CPU
         kernel = torch.cat([F.pad(self.even.weight, (0, 1, 0, 1)),
                             F.pad(self.odd.weight, (1, 0, 1, 0))])
         x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
@@ -115,10 +116,10 @@ def sep_conv(C, taps, stride, affine):
     return nn.Sequential(
         separable(C, taps, stride, affine), nn.ReLU(), separable(C, taps, 1, affine))
 
-# DARTS's operations. Its eighth, "zero", only weighs an edge down while it searches; a finished
+# DARTS's operations. Its eighth, "zero", only lowers an edge's weight during the search; a finished
 # architecture never has it, so it is left out. Operations with parameters are given relu(x), the
-# others x. Departure from DARTS: pools keep their batch norm in finished networks, too. A new
-# operation is a line here; start it in a new --out, since the files of a run hold alpha's shape.
+# others x. Departure from DARTS: pools keep their batch norm in finished networks, too. To add an
+# operation, add a line here and choose a new --out: the files of a run hold alpha's shape.
 OPERATIONS = {
     "max_pool_3x3": lambda C, stride, affine: nn.Sequential(
         nn.MaxPool2d(3, stride, 1), nn.BatchNorm2d(C, affine=False)),
@@ -178,8 +179,8 @@ class Network(nn.Module):
     """Stem, cells, global mean, linear classifier.
 
     Of n cells, counted from 0, n // 3 and 2 n // 3 are reduction cells, but never the first. arch:
-    None for the supernet, which holds all operations, or a finished architecture, to hold its 16
-    alone. affine: whether the cells' batch norm has scale and shift, by default in a finished
+    None for the supernet, which holds all operations, or a finished architecture, for its 16 alone.
+    affine: whether the cells' batch norm has scale and shift, by default in a finished
     network only: in the search's supernet a scale would undo alpha's weighing. forward: x (B, C_in,
     H, W); arch (2, E, O), what to run and with which weights, None for all. Returns logits (B, Y).
     """
@@ -271,7 +272,8 @@ def search(name, net, architecture, rate, steps, propose, data, args, second_ord
     progress.finish()
 
 def base_search(name, data, args):
-    """Step 1 of the method: DARTS trains a supernet and alpha; returns it and softmax(alpha)."""
+    """Step 1 of the method: DARTS trains a supernet and alpha; returns it and softmax(alpha).
+    The default, 150 steps, is .36 of an epoch on Fashion-MNIST: a base, hardly an optimum."""
     net = build((args.seed, name), data, args.search_channels, cells=2)  # a cell of either kind
     alpha = 1e-3 * torch.randn(2, len(EDGES), len(NAMES), generator=rng(args.seed, name))
     architecture = nn.ParameterDict({"alpha": alpha})
@@ -283,11 +285,11 @@ def base_search(name, data, args):
 # What is trained: at a lambda the hypernetwork gives logits; with some noise they become p, and a
 # finished architecture is read off p. That one runs, and two terms judge it:
 #     L_val(w, arch)                is it a good one?
-#     c (share(arch) - lambda)^2    share: of the base's 16 entries, those that it lacks, counted
-# The count is the divergence: JSd of two finished architectures is ln 2 times the share. So JSd is
-# what is reported, and only --objective paper evaluates it in training. That term, - lambda JSd,
-# only ever rewards more: where L_val does not resist, JSd runs to its maximum at any lambda above
-# 0, and its lambda is no distance. The square rests where the share is lambda.
+#     c (share(arch) - lambda)^2    share: how many of the base's 16 entries it lacks, divided by 16
+# Counting is enough: the JSd of two finished architectures is ln 2 times the share. So only
+# --objective paper evaluates a JSd in training. That term, - lambda JSd, has no minimum below share
+# 1, at any lambda above 0: it pushes for as long as L_val does not resist, and lambda does not set
+# a distance. The square has its minimum where the share is lambda.
 
 def jensen_shannon(p, q):
     """JSd(p, q) = 1/2 KL(p || m) + 1/2 KL(q || m), m = (p + q) / 2, over the last dimension, nats.
@@ -314,9 +316,9 @@ def divergence(arch, base):
 def straight_through(value, p):
     """value + p - stop_gradient(p): `value` forward, the gradient of p backward (as in GDAS).
 
-    Reading a finished arch off p has no gradient. Two forms lend it that of p:
-        straight_through(arch, p)      at every entry, for the share. Were it only at arch's own
-                                       entries, the base's could leave and never come back.
+    Reading a finished arch off p has no gradient. Two forms give it that of p:
+        straight_through(arch, p)      at every entry, for the share. With a gradient at arch's own
+                                       entries only, a base entry that leaves could not return.
         arch * straight_through(1, p)  at arch's own, for L_val: what does not run has no gradient.
     """
     return value + p - p.detach()
@@ -327,7 +329,7 @@ def diversity_loss(arch, p, base, lam, strength=30.0):
     share = 1 - sum(base * arch) / sum(base) = divergence(arch, base) / ln 2, straight through: its
     gradient in p is a constant at every entry of the base (JSd's own is infinite there).
     arch = discretise(p); p (..., 2, E, O); base (2, E, O), 0/1; lam (...). Returns (...).
-    With another term here or below use a new --out: a folder's hyper.pt would not be trained again.
+    Change this term or the next? Choose a new --out: a folder's hyper.pt is not trained again.
     Departure from the paper, whose term is below. Its authors' later code (intsystems/
     2023-Project-120) has a square, too: of lambda less the number of common edges, relaxed.
     """
@@ -346,8 +348,8 @@ def smooth(p, tau):
     """The base as soft distributions: alpha* = (1 - tau) onehot(argmax p) + tau / O on each edge.
 
     p: (2, E, O), softmax(alpha). Departures from the paper: tau is small (near one, as its text
-    says, would erase the architecture), and larger on edges that the base drops (with one tau,
-    which to keep would be forgotten).
+    says, would erase the architecture), and larger on edges that the base drops (one tau for all
+    would forget which edges the base keeps).
     """
     tau = tau + 0.25 * (1 - discretise(p).sum(dim=-1, keepdim=True))            # (2, E, 1)
     return (1 - tau) * F.one_hot(p.argmax(dim=-1), p.shape[-1]) + tau / p.shape[-1]
@@ -355,8 +357,8 @@ def smooth(p, tau):
 class HyperNetwork(nn.Module):
     """alpha(lambda): a table of logits for each pivot, and straight lines between them.
 
-    With pivots r_0 = 0 < ... < r_{K-1} = lambda_max, tables a_k and r_k <= lambda <= r_{k+1}:
-        alpha(lambda) = (1 - t) a_k + t a_{k+1},    t = (lambda - r_k) / (r_{k+1} - r_k)
+    With pivots r_0 = 0 < ... < r_{K-1} = lambda_max, tables a_j and r_j <= lambda <= r_{j+1}:
+        alpha(lambda) = (1 - t) a_j + t a_{j+1},    t = (lambda - r_j) / (r_{j+1} - r_j)
     Departure from the paper: its formula has t and 1 - t exchanged, which makes alpha jump at every
     pivot. start: (2, E, O) or any shape, every pivot's first logits. forward: lambda (...), numbers
     or a tensor -> logits (..., 2, E, O). Raises ValueError where one is not in [0, lambda_max].
@@ -371,16 +373,16 @@ class HyperNetwork(nn.Module):
         lam = torch.as_tensor(lam, dtype=self.table.dtype, device=self.table.device)
         if not ((0 <= lam) & (lam <= self.pivots[-1])).all():
             raise ValueError(f"lambda is not between 0 and {self.pivots[-1]:g}: {lam}")
-        k = torch.searchsorted(self.pivots, lam, right=True).clamp(1, len(self.pivots) - 1) - 1
-        t = (lam - self.pivots[k]) / (self.pivots[k + 1] - self.pivots[k])
+        j = torch.searchsorted(self.pivots, lam, right=True).clamp(1, len(self.pivots) - 1) - 1
+        t = (lam - self.pivots[j]) / (self.pivots[j + 1] - self.pivots[j])
         t = t.view(*t.shape, *[1] * (self.table.dim() - 1))
-        return torch.lerp(self.table[k], self.table[k + 1], t)
+        return torch.lerp(self.table[j], self.table[j + 1], t)
 
 DRAWS = 16       # lambdas of a step: the network runs at the first, diversity is the mean of all
 OVERSHOOT = 0.1  # lambda is drawn from a range this much longer at both ends, and then clamped
 
 def draw_lambdas(count, lambda_max, generator):
-    """Lambdas to train at; the overshoot has the end pivots trained as often as the others."""
+    """Lambdas to train at. Without the overshoot the end pivots would be trained less often."""
     u = torch.rand(count, generator=generator)
     return lambda_max * ((1 + 2 * OVERSHOOT) * u - OVERSHOOT).clamp(0, 1)
 
@@ -394,11 +396,11 @@ def train_hypernetwork(net, base_p, data, args):
 
     net: the supernet, warm from the base search; base_p: (2, E, O), softmax(alpha) of that search.
     Returns the HyperNetwork. Departures: all pivots start at the base; a step runs one finished
-    architecture, as will be sampled; the diversity of 15 more makes the dial steadier.
+    architecture, like those that will be sampled; the diversity of 15 more reduces the variance.
     """
     base, paper = discretise(base_p), args.objective == "paper"
     # The paper's term grows on either side of alpha*: as an edge leaves the base's operation, and
-    # as it becomes surer of it than alpha* is. A start softer than alpha* leads to the first.
+    # as that becomes more probable than in alpha*. A start softer than alpha* leads to the first.
     hyper = HyperNetwork(smooth(base_p, 0.3 if paper else TAU).log(), args.pivots, args.lambda_max)
 
     def propose(step):
@@ -417,8 +419,8 @@ def train_hypernetwork(net, base_p, data, args):
 
 # ---- 5. Sampling, and the lambda response: is lambda a dial? -------------------------------------
 def sample_lambdas(count, lambda_max=1.0):
-    """lambda_i = lambda_max * frac(i * golden ratio): spread over [0, lambda_max) for any count.
-    More of them keep the first ones, and what is trained. The paper draws at random, with gaps."""
+    """lambda_i = lambda_max * frac(i * golden ratio): spread evenly over [0, lambda_max).
+    A larger count keeps the first ones, so their networks stay. The paper draws them at random."""
     return [lambda_max * (i * (math.sqrt(5) - 1) / 2 % 1) for i in range(count)]
 
 def sample(hyper, lambdas):
@@ -429,8 +431,8 @@ def lambda_response(hyper, base_p, lambdas=None):
     """What `sample` gives at each lambda, by default at eleven from 0 to lambda_max, for JSON.
 
     points: the genotype; entries, how many are the base's; share, of those that are not,
-    `divergence` / ln 2. dial_error: mean |share - lambda|, ideally 0; whole entries allow .014 at
-    eleven. A lambda_max above 1, as the paper's term may have, is the unit of lambda there.
+    `divergence` / ln 2. dial_error: mean |share - lambda|, ideally 0; with whole entries at least
+    .014 at eleven. Where lambda_max is above 1, as the paper's may be, lambda / lambda_max counts.
     """
     base, lambda_max = discretise(base_p), hyper.pivots[-1].item()
     lambdas = torch.linspace(0, lambda_max, 11).tolist() if lambdas is None else lambdas
@@ -491,8 +493,8 @@ def train_member(name, arch, index, data, args):
 
 def train_shared(name, hyper, data, args):
     """Train one supernet of the members' size, by their recipe, at a fresh lambda each step: the
-    search's own is smaller, and served architectures that kept changing. Only part of the dial is
-    served: the fewer architectures share the weights, the better these are for each."""
+    search's own is smaller, and was trained while the dial still changed. Only part of the dial is
+    used: the fewer architectures share the weights, the better for each."""
     key, top = (args.seed, name), args.shared_part * args.lambda_max
     net = build(key, data, args.channels, args.cells, affine=True)
     progress = train(name, net, args.shared_epochs, key, data, args, lambda step: sample(
@@ -502,8 +504,8 @@ def train_shared(name, hyper, data, args):
 
 def one_shot(shared, arch, batches):
     """A finished network with the shared weights of its operations: no training at all.
-    shared: a supernet; arch: (2, E, O), 0/1; batches: normalised images, on which batch norm's
-    statistics are computed again, since they differ between architectures."""
+    shared: a supernet; arch: (2, E, O), 0/1; batches: normalised images, from which batch norm's
+    statistics are recomputed, since they differ between architectures."""
     net, weights = Network(**shared.config | {"arch": arch}), shared.state_dict()
     net.load_state_dict({name: weights[name] for name in net.state_dict()})
     net.to(next(shared.parameters()).device)
@@ -521,7 +523,7 @@ def make_one_shot(name, shared, arch, data, args):
 class Ensemble(nn.Module):
     """Step 4 of the method: p(y | x) = mean_m p_m(y | x).
     members, data: as from `load_member`. forward: images (B, *data.shape) uint8, on the members'
-    device -> probabilities (B, Y) of data.classes. Raises NesError for others."""
+    device -> probabilities (B, Y) of data.classes. Raises NesError for other shapes or types."""
 
     def __init__(self, members, data):
         super().__init__()
@@ -551,7 +553,7 @@ def ensemble_metrics(probs, labels):
         oracle_accuracy     share of points that at least one member gets right
         disagreement        mean over pairs of members of the share of points with different argmax
         predictive_jsd      H(p) - mean_m H(p_m), nats, in [0, ln M]
-    A new metric is a line here: tables, ledger.csv and results.json follow.
+    To add a metric, add a line here: tables, ledger.csv and results.json follow.
     """
     probs = probs.double()
     if not (probs.min() >= 0 and ((probs.sum(dim=-1) - 1).abs() < 0.01).all()):
@@ -586,7 +588,7 @@ def random_architecture(*key):
 
 def perturb(base, member, *key):
     """The base with as many entries changed at random as `member` has: the control for the dial.
-    As many inputs, and of these as many operations, are the base's as member's are."""
+    It keeps as many of the base's inputs as member does, and as many of its operations there."""
     inputs = lambda arch: (arch.sum(dim=-1) * base.sum(dim=-1)).sum(dim=(-2, -1))
     entries = lambda arch: matched_entries(arch, base)
     generator = rng(*key)
@@ -615,8 +617,8 @@ def darts_searches(base, ours, data, args):
     barrier()  # then all of them are there, to be loaded
     return names, [discretise(base_search(name, data, args)[1]) for name in names]
 
-# What stands beside ours: name -> a function that gives the searches it needs, by name, and its
-# architectures. Of more than --samples `forward_selection` chooses. A new baseline is a line here.
+# The rivals: name -> a function that returns the names of the searches it needs, and architectures.
+# From more than --samples of them `forward_selection` chooses. To add a baseline, add a line here.
 BASELINES = {
     "single": lambda base, ours, data, args: (["base"], [base]),
     "deep": lambda base, ours, data, args: (["base"], [base] * args.samples),
@@ -627,18 +629,18 @@ BASELINES = {
     "darts": darts_searches}
 
 # ---- 9. Data: one uint8 tensor, four named splits ------------------------------------------------
-# train       a search's weights learn from it: L_train  } together "both": a member, whose
-# validation  alpha and the hypernetwork do: L_val       } architecture is fixed, learns from all
-# selection   chooses between finished networks (NES-RS does, and we did between recipes)
-# test        gives the scores, and nothing is chosen by it: that would flatter the result
+# train       L_train: for the weights of a search        } together "both": a member learns from
+# validation  L_val: for alpha and the hypernetwork       } both, as its architecture is fixed
+# selection   for choices between finished networks: NES-RS's, and ours between recipes
+# test        for the scores; nothing is chosen by it, since that would flatter the result
 SHARES = {"train": 0.45, "validation": 0.45, "selection": 0.10}
-# Another data set of torchvision that has .data, .targets and .classes is a line here.
+# To add a data set of torchvision that has .data, .targets and .classes, add a line here.
 TORCHVISION = {"fmnist": torchvision.datasets.FashionMNIST, "cifar10": torchvision.datasets.CIFAR10}
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 KNOWN = f"{', '.join(TORCHVISION)}, toy, or a folder of train/<class>/* and test/<class>/*"
 
 class Data(NamedTuple):
-    """Images with their splits, and how a network wants to see them."""
+    """Images with their splits, and how a network expects them."""
     splits: dict         # name -> (images (N, C, H, W) uint8, labels (N,) int64)
     classes: list        # names
     mean: torch.Tensor   # (C, 1, 1), of the train split, pixels scaled to [0, 1]
@@ -685,8 +687,8 @@ def load_data(dataset, data_dir="data", image_size=32, seed=0, device="cpu", cro
     order = torch.randperm(len(train[1]), generator=rng(seed, "splits"))
     sizes = [int(share * len(order)) for share in SHARES.values()]
     if not all(sizes):
-        fail(f"{dataset} has {len(order)} training images, too few for three splits: give it 20")
-    # The images are put in order once, and the splits are views of them: no image is held twice
+        fail(f"{dataset} has {len(order)} training images, too few for three splits: it needs 20")
+    # The images are put in order once, and the splits are views of them: none is stored twice
     train = [part[order[:sum(sizes)]].to(device) for part in train]
     splits = dict(zip(SHARES, zip(*(part.split(sizes) for part in train))))
     splits["both"] = tuple(part[:sum(sizes[:2])] for part in train)
@@ -719,11 +721,11 @@ def read_image(path, shape):
     try:
         image = Image.open(path)
         image.load()
-        with contextlib.suppress(Exception):  # damaged notes beside a picture that is whole
+        with contextlib.suppress(Exception):  # damaged metadata of an intact picture
             ImageOps.exif_transpose(image, in_place=True)
-        if image.mode[0] in "IF":  # which would become white
-            raise ValueError(f"its pixels are {image.mode}, not of 8 bits")
-        if getattr(image, "has_transparency_data", True):  # which an old Pillow does not tell
+        if image.mode[0] in "IF":  # Pillow would turn these white
+            raise ValueError(f"its pixels are {image.mode}, not 8 bits")
+        if getattr(image, "has_transparency_data", True):  # an old Pillow lacks it
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
         image = v2.functional.resize(image.convert("RGB"), shape[1:])
@@ -733,20 +735,20 @@ def read_image(path, shape):
 
 def read_folder(root, size):
     """Images of root/{train,test}/<class>, resized to (size, size); grey if all of them are.
-    Hidden names are not looked into; files that Pillow does not know are left out."""
+    Hidden files and those that Pillow cannot read are skipped."""
     readable = {end for end, name in Image.registered_extensions().items() if name in Image.OPEN}
     hidden = lambda path: any(part.startswith((".", "@eaDir", "__MACOSX")) for part in path.parts)
     files = [path.relative_to(root) for part in ("train", "test")
              for path in root.glob(f"{part}/*/**/*") if path.is_file()]
     paths = [path for path in files if path.suffix.lower() in readable and not hidden(path)]
     paths.sort(key=lambda path: path.parts)  # Windows would order paths without regard to case
-    say(f"{root}: {len(paths)} images; {len(files) - len(paths)} other files are left out")
-    # File systems have an accented letter as one sign or as two; in NFC it is one
+    say(f"{root}: {len(paths)} images; {len(files) - len(paths)} other files are skipped")
+    # File systems store an accented letter as one character or as two; NFC makes it one
     class_of = lambda path: unicodedata.normalize("NFC", path.parts[1])
     parts = [[path for path in paths if path.parts[0] == part] for part in ("train", "test")]
     train, test = ({class_of(path) for path in part} for part in parts)
     if train != test or len(train) < 2:
-        fail(f"--dataset {root} is none of {KNOWN}, with the same two or more classes in both: "
+        fail(f"--dataset {root} must be {KNOWN}, with the same two or more classes in both: "
              f"{len(train & test)} are in both, {sorted(train - test)} only in train, "
              f"{sorted(test - train)} only in test")
     images, damaged, classes = [], [], sorted(train)
@@ -793,9 +795,9 @@ SETTINGS = [  # name, default, lowest value or the choices, what it is
     ("samples", 5, 1, "members of the ensemble"),
     ("one-shots", 20, 1, "members of the ensemble in one shot"),
     ("baselines", [], ("all", *BASELINES), "other ensembles to train, too; see section 8"),
-    ("seed", 0, 0, "of everything random"),
-    ("device", "auto", ("auto", *DEVICES), "auto: an accelerator, cuda or mps, if there is one"),
-    ("workers", 0, 0, "processes that share the networks on a CPU; 0: one a core; 1: no other"),
+    ("seed", 0, 0, "of all random numbers"),
+    ("device", "auto", ("auto", *DEVICES), "auto: an accelerator if there is one, else cpu"),
+    ("workers", 0, 0, "processes that train networks on a CPU; 0: one per core"),
     ("out", "", None, "run folder; if empty, runs/<dataset>-<objective>-<seed>"),
     # the data
     ("data-dir", "data", None, "where torchvision's data sets are, or are downloaded to"),
@@ -806,13 +808,13 @@ SETTINGS = [  # name, default, lowest value or the choices, what it is
     ("search-channels", 8, 2, "channels of the supernet's first cell"),
     ("base-steps", 150, 1, "steps of the base search (DARTS)"),
     ("hyper-steps", 1000, 1, "steps of the hypernetwork's training"),
-    ("search-lr", 0.05, 0, "learning rate of the weights; it and the next two fall to 0"),
+    ("search-lr", 0.05, 0, "learning rate of the weights; this and the next two fall to 0"),
     ("alpha-lr", 0.01, 0, "learning rate of alpha in the base search"),
     ("hyper-lr", 0.06, 0, "learning rate of the hypernetwork"),
     ("second-order", False, None, "base search by the exact second-order gradient"),
     # diversity
     ("objective", "target", ("target", "paper"), "c (share - lambda)^2 or - lambda JSd"),
-    ("lambda-max", 1.0, 1e-6, "Lambda, the largest diversity"),
+    ("lambda-max", 1.0, 1e-6, "the largest lambda"),
     ("strength", 30.0, 0, "c, of the target objective"),
     ("pivots", 6, 2, "K, pivots of the hypernetwork"),
     ("noise", 0.3, 0, "scale of the Gumbel noise at the start; it falls to 0"),
@@ -821,14 +823,14 @@ SETTINGS = [  # name, default, lowest value or the choices, what it is
     ("cells", 2, 2, "cells of a member"),
     ("epochs", 5, 1, "epochs of a member's training"),
     ("shared-epochs", 12, 0, "epochs of the one-shot weights; 0: the search's own"),
-    ("shared-part", 0.5, 0, "part of the dial, from lambda 0, that is for one shot"),
+    ("shared-part", 0.5, 0, "part of the dial, from lambda 0, that one shot uses"),
     ("batch", 64, 2, "images of a step, in searches, too"),
     ("lr", 0.006, 0, "a member's largest learning rate")]
-# Two commands with one run folder may differ in these; other images change the data's digest
+# Two commands may share a run folder and differ in these; other images change the data's digest
 FREE = {"dataset", "samples", "one_shots", "baselines", "device", "workers", "out", "data_dir"}
 
 def parse(argv=None):
-    """The settings, from a command line. Raises NesError on a flag that cannot be."""
+    """The settings, from a command line. Raises NesError for an invalid flag."""
     parser = argparse.ArgumentParser("nes.py", "nes.py [flags]", __doc__.partition('"Diff')[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message}; see --help")
@@ -843,7 +845,7 @@ def parse(argv=None):
     for name, default, lowest, _ in SETTINGS:
         value = vars(args)[name.replace("-", "_")]
         if type(default) in (int, float) and not lowest <= value < math.inf:
-            parser.error(f"--{name} {value} is not a number from {lowest} up")
+            parser.error(f"--{name} is {value}, but must be finite and at least {lowest}")
     if args.lambda_max > 1 and args.objective == "target":
         parser.error("--lambda-max is at most 1 with --objective target, whose lambda is a share")
     if args.shared_part > 1:
@@ -857,7 +859,7 @@ def set_up(args):
     """Join the other processes of a torchrun, or of the process group that the caller made."""
     global RANK, WORLD, barrier
     RANK, WORLD, barrier = 0, 1, lambda: None
-    available = dist.is_available()  # some builds of torch are without
+    available = dist.is_available()  # some builds of torch lack it
     if available and dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # they wait for one another
     if available and dist.is_initialized():
@@ -868,14 +870,14 @@ def set_up(args):
     elif os.environ.get("WORLD_SIZE", "") not in ("", "1"):
         fail("WORLD_SIZE is set, but not by torchrun: start nes.py by torchrun, or unset it")
 
-# ---- 11. Keeping work: errors are sentences, randomness has names, results outlive the process ---
+# ---- 11. Keeping work: errors are sentences, randomness has keys, results outlive the process ----
 VERSION = 4  # of the files in a run folder
 
 class NesError(Exception):
     """What went wrong and what to do, in one sentence. `main` prints it and ends with status 2."""
 
 def fail(sentence):
-    raise NesError(" ".join(sentence.split()))  # one line, whatever a library's words in it held
+    raise NesError(" ".join(sentence.split()))  # one line, even if a library's message has more
 
 def rng(*key):
     """A random generator that depends on `key` alone, for example (seed, "batch", epoch).
@@ -919,18 +921,18 @@ def load(path, missing=""):
     except (FileNotFoundError, NotADirectoryError):
         return fail(missing) if missing else None
     except OSError as error:
-        fail(f"cannot read {path} ({error.strerror}): is it the right file, and yours to read?")
+        fail(f"cannot read {path} ({error.strerror}): check the path and its permissions")
     except Exception as error:  # a damaged zip, pickle or JSON file raises almost anything
         fail(f"{path} is damaged, or not by this version of nes.py ({type(error).__name__}): if a "
-             "run wrote it, delete it, and the same command makes it again")
+             "run wrote it, delete it and repeat the command")
 
 def file_of(name, args):
     """Where a finished search or network is; what is still in training is unfinished/<name>."""
     return Path(args.out) / f"{name}.pt"
 
 def load_finished(name, args):
-    return load(file_of(name, args), f"{file_of(name, args)} is not there: all processes and "
-                "machines of a run need one disk for --out; the same command makes it again")
+    return load(file_of(name, args), f"{file_of(name, args)} is missing: all processes and "
+                "machines of a run must share --out; repeat the command to make it again")
 
 def check_settings(data, args):
     """Refuse a run folder of other settings, images or operations; else note these there."""
@@ -944,7 +946,7 @@ def check_settings(data, args):
         fail(f"{args.out} holds a run with {', '.join(changed)}: choose another --out")
 
 class Progress:
-    """Log rows and checkpoints of a training loop, which goes on where a kill stopped it:
+    """Log rows and checkpoints of a training loop, which resumes where a kill stopped it:
 
         progress = Progress(name, steps, {"net": net, "optimizer": optimizer}, data, args)
         for step in range(progress.done, steps):
@@ -966,7 +968,7 @@ class Progress:
             parts[part].load_state_dict(self.state[part])
         self.done, self.start = self.state["step"], time.monotonic() - self.state["seconds"]
         if 0 < self.done < steps:
-            print(f"{name}: goes on after step {self.done} of {steps}")
+            print(f"{name}: resumes after step {self.done} of {steps}")
 
     def log(self, step, **losses):
         """Call it at the end of each step, counted from 0. Every 100 steps, or every fifteenth of
@@ -1007,7 +1009,7 @@ def load_hypernetwork(folder):
 
 def load_member(path):
     """A finished network from its file alone: (net, data), on the CPU, net in eval mode.
-    data has no images, but tells how the network wants to see them: probs = net(data.normalise(
+    data has no images, but tells how the network expects them: probs = net(data.normalise(
     images)).softmax(-1), images (B, *data.shape) uint8; probs[:, k] belongs to data.classes[k]."""
     state = load(path, f"there is no {path}: results.json names the file of each member")
     if "network" not in state:
@@ -1018,7 +1020,7 @@ def load_member(path):
 
 def load_ensemble(folder, one_shots=0):
     """The Ensemble of a run folder: its trained members, or its first `one_shots` in one shot."""
-    results = load(Path(folder) / "results.json", f"finish that run first: {folder}")
+    results = load(Path(folder) / "results.json", f"{folder} has no results: finish its run")
     shots = results["one_shots"]["files"]
     if not 0 <= one_shots <= len(shots):
         fail(f"{folder} has {len(shots)} one-shot networks, not {one_shots}: see --one-shots")
@@ -1059,7 +1061,7 @@ def plot_response(axis, points, members):
     axis.legend(fontsize=8)
 
 def plot_reliability(axis, probs, labels):
-    """Accuracy against confidence in bins: on the diagonal, it is right as often as it is sure."""
+    """Accuracy against confidence in bins: on the diagonal they are equal."""
     confidence, choice = probs.mean(dim=0).max(dim=-1)
     bins = confidence_bins(confidence)
     means = lambda v: [v[bins == b].double().mean() for b in bins.unique()]
@@ -1074,7 +1076,7 @@ def plot_disagreement(axis, rows_of, args):
     for label, rows in rows_of.items():
         votes = [load(Path(args.out) / row["file"])["test"].argmax(dim=-1) for row in rows]
         shares = [(vote != votes[0]).double().mean().item() for vote in votes]
-        axis.plot(*zip(*sorted(zip((row["lambda"] for row in rows), shares))), "o-", label=label)
+        axis.plot([row["lambda"] for row in rows], shares, "o", label=label)
     axis.set(xlabel="lambda", ylabel="share of test images", ylim=(0, None),
              title="Disagreement with lambda = 0")
     axis.legend(fontsize=8)
@@ -1109,8 +1111,8 @@ def save_pictures(results, one_shots, labels, args):
 
 # ---- 13. The run ---------------------------------------------------------------------------------
 # A run is one process or several, ranks of this program. They share nothing but files and a
-# barrier: the first searches, then each trains its part of the networks. What they find does not
-# depend on how many they are, if the search has as many threads (torchrun sets OMP_NUM_THREADS=1).
+# barrier: the first searches, then each trains its part of the networks. Results do not depend on
+# their number, if the search has as many threads (torchrun sets OMP_NUM_THREADS=1).
 RANK, WORLD = 0, 1      # the number of this process, from 0, and how many there are
 barrier = lambda: None  # waits until all of them have called it
 
@@ -1119,8 +1121,8 @@ def say(text):
         print(text)
 
 def run(args, is_worker=False):
-    """All steps of the method in turn, as one rank; in the end all is in the folder args.out."""
-    if hasattr(sys.stdout, "reconfigure"):  # a letter that the terminal lacks is no error
+    """All steps of the method, in order, as one rank. Results go to the folder args.out."""
+    if hasattr(sys.stdout, "reconfigure"):  # do not fail on what the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     say("settings: " + "  ".join(f"{name}={value}" for name, value in vars(args).items()))
     remove_parts(args.out)
@@ -1185,8 +1187,8 @@ def make_networks(rows, net, hyper, data, args):
     barrier()
 
 def score(rows, data, args):
-    """The ledger: the rows of `plan` with their networks' metrics, and after each method's a row of
-    its ensemble. seconds: of a network its training, of an ensemble all that the method needs,
+    """The ledger: the rows of `plan` with their networks' metrics, and after each method's rows one
+    for its ensemble. seconds: of a network its training, of an ensemble all that the method needs,
     added up over processes."""
     labels, ledger = data.splits["test"][1].cpu(), []
     for method in dict.fromkeys(row["method"] for row in rows):
@@ -1228,7 +1230,7 @@ def report(ledger, response, base, data, args):
     save_pictures(results, of("one-shot"), data.splits["test"][1].cpu(), args)
     print_table(of("ours"), ["index", "lambda", "entries", "accuracy", "nll", "ece"])
     print_table(ensembles.values(), list(ensembles["ours"])[2:])
-    say(f"\neverything is in {args.out}")
+    say(f"\nresults are in {args.out}")
 
 def print_table(rows, columns):
     """Some columns of rows, dicts, as Markdown."""
@@ -1253,7 +1255,7 @@ def start_ranks(count, args):
         if error.exit_code == 2:
             raise errors.get()
         if error.exit_code < 0:
-            fail(f"{error}: repeat the command, with fewer --workers if memory is short")
+            fail(f"{error}: repeat the command, with fewer --workers if memory ran out")
         fail('call nes.main under `if __name__ == "__main__":` in your file, or add --workers 1')
     finally:  # an interrupt that only this process hears ends the others, too
         for process in set(mp.active_children()) - set(others):
@@ -1261,7 +1263,7 @@ def start_ranks(count, args):
             process.join()
 
 def run_rank(rank, wait_for_all, errors, count, args):
-    """A rank's whole life, which ends with its parent's, however that ended."""
+    """Run one rank, which ends when its parent does."""
     global RANK, WORLD, barrier
     RANK, WORLD, barrier = rank, count, wait_for_all.wait
     # When the parent dies Linux sends SIGINT, which a run in the background would ignore
@@ -1301,7 +1303,7 @@ def main(argv=None):
         print(f"nes.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nnes.py: stopped; the same command goes on where it was", file=sys.stderr)
+        print("\nnes.py: stopped; repeat the command to resume", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader has seen enough: ... | head
         sys.exit(141)

@@ -382,7 +382,7 @@ def test_one_shot_networks_are_the_shared_weights_recalibrated_for_each(finished
     first, other, again = (nes.one_shot(shared, archs[i], batches) for i in (0, 1, 0))
     probs = [nes.predict(net, IMAGES["test"], TOY) for net in (first, other, again)]
     assert torch.equal(probs[0], probs[2]) and not torch.allclose(probs[0], probs[1], atol=1e-2)
-    with torch.no_grad():  # taken anew, a plain average
+    with torch.no_grad():  # recomputed, a plain average
         means = torch.stack([shared.stem[0](x).mean((0, 2, 3)) for x in batches]).mean(0)
         assert torch.allclose(first.stem[1].running_mean, means, atol=1e-5)
         assert torch.allclose(first.train()(batches[0]), shared(batches[0], archs[0]), atol=1e-4)
@@ -523,7 +523,7 @@ def test_reloaded_networks_predict_the_same_others_are_refused(finished, tmp_pat
 
 def test_two_workers_give_what_one_gives_and_killed_at_any_moment_go_on(finished, tmp_path):
     for lines in ("base +2/", "base: .* [12] of 4|hyper +6/", "hyper: .* [56] of 12|base-1 +2/",
-                  "base-1: .* [12] of 4|members/.* 4/", "members/.*: goes on .* of 8"):
+                  "base-1: .* [12] of 4|members/.* 4/", "members/.*: resumes .* of 8"):
         process = start(command(tmp_path, *"--baselines all --workers 2".split()), signal.SIG_IGN)
         for wanted in lines.split("|"):  # a row is printed, then saved
             next(line for line in process.stdout if re.match(wanted, line))
@@ -598,7 +598,7 @@ time.sleep(2)"""], signal.SIG_DFL)
     time.sleep(0.5)
     kill(process.pid, signal.SIGINT)
     assert "ended 130 [] False\n" in list(process.stdout)[-1:]
-    assert process.communicate()[1] == "\nnes.py: stopped; the same command goes on where it was\n"
+    assert process.communicate()[1] == "\nnes.py: stopped; repeat the command to resume\n"
 
 def test_two_starts_in_one_folder_do_no_harm_and_what_a_kill_left_is_removed(finished, tmp_path):
     out, name = tmp_path / "run", f"x.pt.nes-{'0f' * 8}"
@@ -665,7 +665,7 @@ def test_the_picture_of_a_hundred_members_can_be_read_and_shows_disagreement(fin
     at = lambda line, lam: line.get_ydata()[[*line.get_xdata()].index(lam)]
     probs = lambda rows: torch.stack([nes.load(out / row["file"])["test"] for row in rows])
     for line, rows in ((own, results["members"]), (shared, shots)):
-        assert [*line.get_xdata()] == sorted(row["lambda"] for row in rows)
+        assert [*line.get_xdata()] == [row["lambda"] for row in rows]
         for row in rows:  # of two networks the metric is the share on which they differ
             pair = nes.ensemble_metrics(probs([rows[0], row]), LABELS["test"])
             assert at(line, row["lambda"]) == approx(pair["disagreement"])
@@ -738,7 +738,7 @@ def test_folders_of_images_good_and_bad(bad, tmp_path, monkeypatch, capsys):
     shutil.copy("grey/train/a/0.png", "grey/train/a/1.png")
     bad("--dataset grey/ --image-size 16 --out fine".split(), "fine", "with images")
     Image.new("I;16", (12, 9)).save("grey/train/a/6.png")
-    bad(["--dataset", "grey"], "6.png", "not of 8 bits")
+    bad(["--dataset", "grey"], "6.png", "not 8 bits")
     for name in ("a/5.png", "a/9.h5", "b/0.png", "b/2.mpg", "b/3.png", "b/4.png"):
         Path("grey/train", name).write_bytes(b"not a picture")
     bad(["--dataset", "grey"], "5.png", "6.png", "9.h5", "b/0.png", "2.mpg", "replace", "7 in all")
@@ -763,7 +763,7 @@ def test_a_run_on_a_folder_whose_name_no_terminal_has_and_with_more_in_it_than_i
     Image.new("L", (9, 9)).save(part / "a/x.gif")
     Image.new("L", (9, 9)).save(part / "a/x.jfif", "JPEG")
     log = shell("{nes} --out '' --dataset caf* --image-size 16", tmp_path).stdout
-    assert "51 images; 7 other files are left out" in log
+    assert "51 images; 7 other files are skipped" in log
     out = tmp_path / f"runs/{part.parent.name}-target-0"
     assert {"ledger.csv", "results.json", "results.png", "cells.png"} <= {*os.listdir(out)}
 
@@ -810,7 +810,7 @@ def test_what_is_there_survives_errors_and_more_samples(bad, finished, tmp_path,
     (copied / member).unlink()
     with monkeypatch.context() as patch:
         patch.setattr(nes, "train_member", Mock())  # as if another machine had trained it
-        bad(here, f"{member} is not there", "one disk for --out")
+        bad(here, f"{member} is missing", "must share --out")
         patch.setattr(nes, "VERSION", 5)
         patch.setattr(nes, "NAMES", nes.NAMES[::-1])
         patch.setattr(nes, "TOY_CLASSES", nes.TOY_CLASSES[::-1])

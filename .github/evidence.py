@@ -1,7 +1,7 @@
 """What evidence.sh ran, made small: CSV files in ledger/ and pictures, from its run folders.
 
     python .github/evidence.py DIR CIFAR    from the run folders; what is not finished is left out
-    python .github/evidence.py              the tables of results.md, from the saved CSV files alone
+    python .github/evidence.py              tables and pictures of results.md, from the saved files
 
 DIR, CIFAR: as for evidence.sh. Writes beside itself:
     ledger/fmnist-S.csv, epochs-E-S.csv, ...   the ledgers of the runs, S their seed
@@ -83,9 +83,8 @@ def plot_twins(rows, path):
         values = [100 * row["disagreement"] for row in seeds.values()]
         axis.plot(values, [y] * len(values), "o", color="tab:blue", alpha=0.5)
         axis.plot(statistics.mean(values), y, "|", color="black", markersize=18)
-    axis.set(xlim=(0, None), yticks=range(len(lines)), yticklabels=lines,
-             xlabel="test images on which two networks disagree, %",
-             title="All else equal, what is changed? A point a seed, a bar their mean")
+    axis.set(xlim=(0, 1.05 * axis.get_xlim()[1]), yticks=range(len(lines)), yticklabels=lines,
+             xlabel="test images on which two networks disagree, %", title="What is changed?")
     axis.invert_yaxis()
     figure.savefig(path, dpi=110)
 
@@ -130,9 +129,8 @@ def plot_finding(dial, shots, twins, path):
     left.plot([0, 1], [nes.ENTRIES, 0], ":", color="grey", label="ideal: 16 (1 - lambda)")
     left.set(xlabel="lambda", ylabel="entries of 16 that are the base's", ylim=(0, None),
              title="Lambda is a dial of architectures ...")
-    zero = [{"lambda": 0, "disagreement": 0}]
     curve(right, shots, 100, "disagreement", "tab:orange", "in one shot, weights shared")
-    curve(right, level["dial",] + zero, 100, "disagreement", "tab:blue", "trained, seed held")
+    curve(right, level["dial",], 100, "disagreement", "tab:blue", "trained, seed held")
     for change, style, label in (("both", "--", "another seed"),
                                  ("weight", ":", "one weight moved by 1e-6")):
         right.axhline(percent(level[change,]), ls=style, color="grey", label=label)
@@ -196,9 +194,9 @@ def score_rows(folder, kind, rows, data, args):
 # column -> (title, scale, digits)
 SCORES = {"accuracy": ("accuracy, %", 100, 2), "nll": ("NLL", 1, 4),
           "nll_tempered": ("NLL, tempered", 1, 4), "ece": ("ECE", 1, 4), "brier": ("Brier", 1, 4)}
-COSTS = {"with_searches": ("epochs, with searches", 1, 1),
-         "networks": ("networks that predict", 1, 1),
-         "multiplications": ("their multiplications, millions", 1e-6, 1),
+COST = {"with_searches": ("epochs, with searches", 1, 1),
+        "networks": ("networks to run", 1, 1)}
+SIZED = {"multiplications": ("multiplications for an image, millions", 1e-6, 1),
          "parameters": ("parameters, thousands", 1e-3, 0), "temperature": ("temperature", 1, 2),
          "disagreement": ("disagree, %", 100, 2)}
 
@@ -210,28 +208,20 @@ def compared_table(points, pairs, columns):
               for one, other in pairs if one in points and other in points]
     return markdown(lines)
 
-def cost_table(points):
-    """COSTS of some lines, means over the seeds."""
-    lines = [["method", *(title for title, _, _ in COSTS.values())]]
-    lines += [[title, *(f"{scale * mean(points[title].values(), key):.{places}f}"
-                        for key, (_, scale, places) in COSTS.items())]
-              for title in COSTED if title in points]
-    return markdown(lines)
-
 DEEP, OURS = "five deep, 25", "five of ours, 25"  # epochs
-COSTED = ("one network, 12", "one wide network, 6", "two deep, 10", "one shot of 20, 12", DEEP,
-          OURS, "five perturbed, 25", "five random, 25")
 QUESTIONS = [(OURS, DEEP), (OURS, "five perturbed, 25"), (OURS, "five random, 25"),
-             (DEEP, "one network, 20"), ("one network, 20", "one network, 12"),
-             (OURS, "one wide network, 6"), ("two deep, 10", "one network, 12"),
-             *((f"one shot of 20, {epochs}", f"one network, {epochs}") for epochs in (5, 12, 20)),
-             ("one shot of 20, 12", "base in one shot, 12"), ("one shot of 20, 12", "two deep, 10")]
+             (OURS, "one wide network, 6"), (DEEP, "one network, 20"),
+             ("two deep, 10", "one network, 12"), ("one shot of 20, 12", "one network, 12"),
+             ("one shot of 20, 12", "two deep, 10"), ("one shot of 20, 12", "base in one shot, 12")]
+LONGER = [("one network, 20", "one network, 12"), *(
+    (f"one shot of 20, {epochs}", f"one network, {epochs}") for epochs in (5, 20))]
 ONE, SHOT_12 = "one network, augmented, 12", "one shot of 20, augmented, 12"
 REGULARISED = [(SHOT_12, ONE), (ONE, "one network, 12"), (SHOT_12, "one shot of 20, 12"),
                (ONE, "one shot of 20, 12")]
 HELD = "five of the dial, seed held"
 # These lines are in scores.csv alone, lest the table be longer than what it shows
-LESS = ("one shot of 20, 5", "one shot of 20, 20", "base in one shot, 20")
+LESS = ("one shot of 20, 5", "one shot of 20, 20", "base in one shot, 12", "base in one shot, 20",
+        "two of ours, 10")
 
 def plot_compute(points, path):
     """Accuracy and NLL against the cost of training and searching, in epochs of one network; a wide
@@ -417,12 +407,9 @@ def dial_table(rows):
 SAVED, SEARCHES = HERE / "ledger", ("deep", "ours", "random", "nes-rs", "darts")
 FILES = ("scores", "elsewhere", "pairs", "control", "dial", "ablation", "shots", "sizes")
 OTHERS = ("twins", "few", "when", "calibration")  # of other scripts
-PRINTED = ("elsewhere, ours", "ingredients, compared", "disagreement, ours",
-           "accuracy, points, from lambda 0 to 1", "pairs", "calibration")
-
 def tables():
-    """title -> Markdown, of the saved CSV files that are there. results.md holds each of them but
-    those in PRINTED, of which it has numbers in its prose."""
+    """title -> Markdown, of the saved CSV files that are there: a dict of those that results.md
+    holds, and one of more, of which it has numbers in its prose."""
     fmnist, cifar = (sorted(SAVED.glob(f"{name}-?.csv")) for name in ("fmnist", "cifar10"))
     some = [path for path in fmnist if ("darts",) in by(read(path), "method")]
     scores, elsewhere, pairs, control, dial, ablation, shots, sizes, twins, few, when, floor = (
@@ -437,7 +424,7 @@ def tables():
             for path in fmnist]
     controls, without = lines_of(control, "method"), lines_of(ablation, "without")
     fewer = lines_of(few, "method", "images")
-    found = {
+    shown = {
         "twins": twins and score_table(twin_lines(twins), TWIN),
         "twins, compared": twins and compared_table(twin_lines(twins), TWIN_QUESTIONS, TWIN),
         "seed held": twins and scores and compared_table(
@@ -450,32 +437,40 @@ def tables():
         "few, compared": few and compared_table(fewer, FEW_QUESTIONS, FEW),
         "when": when and score_table(lines_of(when, "alone", "epochs"), WHEN),
         "scores": scores and score_table(
-            {title: points[title] for title in points if title not in LESS}, SCORES),
+            {title: points[title] for title in points if title not in LESS}, SCORES | COST),
         "scores, compared": scores and compared_table(points, QUESTIONS, SCORES),
-        "costs": scores and cost_table(points),
-        "other searches": some and report.report(some, SEARCHES, report.COLUMNS),
+        "other searches": some and report.report(some, SEARCHES).rpartition("\n\n")[2],
         "dial": dial and dial_table(dial),
         "control, compared": controls and score_table(controls, CONTROL, "with L_val"),
-        "elsewhere, compared": there and score_table(there, ELSEWHERE, "five deep"),
-        "ingredients": without and score_table(without, ABLATION),
+        "elsewhere, compared": there and score_table(there, ELSEWHERE_COMPARED, "five deep"),
+        "ingredients": without and score_table(without, ABLATION)}
+    more = {
+        "scores of longer training, compared": scores and compared_table(points, LONGER, SCORES),
+        "sizes of networks": scores and score_table(points, SIZED),
+        "disagreement, ours": scores and compared_table(points, [(OURS, DEEP)], SIZED),
+        "elsewhere": there and score_table(there, ELSEWHERE),
         "elsewhere, ours": there and compared_table(there, [
             ("five of ours", other) for other in ("five perturbed", "five random")], ELSEWHERE),
         "ingredients, compared": without and score_table(without, ABLATION, "default"),
-        "disagreement, ours": scores and compared_table(
-            points, [(OURS, DEEP), (OURS, "five random, 25")], COSTS),
-        "accuracy, points, from lambda 0 to 1": ours and slopes(ours, "lambda", "accuracy"),
+        "accuracy of ours, points from lambda 0 to 1": ours and slopes(ours, "lambda", "accuracy"),
+        "disagreement, seed held, points from lambda 0 to 1": twins and slopes(
+            by([row for row in twins if row["change"] == "dial"], "seed").values(),
+            "lambda", "disagreement"),
         "pairs": pairs and pair_table(pairs),
         "calibration": floor and score_table(lines_of(floor, "method"), FLOOR)}
-    return {title: text for title, text in found.items() if text}
+    return [{title: text for title, text in found.items() if text} for found in (shown, more)]
 
 def pictures():
-    """finding.png, twins.png and compute.png, of the saved CSV files."""
+    """finding.png, twins.png and compute.png, of the saved CSV files that are there."""
     twins, shots, dial, scores = (read(SAVED / f"{name}.csv")
                                   for name in ("twins", "shots", "dial", "scores"))
     dial = [row for row in dial if row["run"] == "fmnist"]
-    plot_twins(twins, HERE / "twins.png")
-    plot_finding(dial, shots, twins, HERE / "finding.png")
-    plot_compute(lines_of(scores, "method", "epochs"), HERE / "compute.png")
+    if twins:
+        plot_twins(twins, HERE / "twins.png")
+    if twins and shots and dial:
+        plot_finding(dial, shots, twins, HERE / "finding.png")
+    if scores:
+        plot_compute(lines_of(scores, "method", "epochs"), HERE / "compute.png")
 
 def collect(out, cifar):
     """Write the CSV files from the run folders that are finished."""
@@ -519,5 +514,6 @@ if __name__ == "__main__":
     if len(sys.argv) == 3:
         collect(*sys.argv[1:])
     pictures()
-    for title, text in tables().items():
+    shown, more = tables()
+    for title, text in (shown | more).items():
         print(f"\n{title}\n\n{text}")

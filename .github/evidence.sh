@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All runs of the evidence in results.md, one after the other, into one folder; what is there is
-# kept, and a run that was killed goes on. Some twenty-two hours on two cores:
+# kept, and a run that was killed resumes. Some twenty-two hours on two cores:
 #     bash .github/evidence.sh DIR CIFAR
 # DIR: where the run folders are made; CIFAR: CIFAR-10 as a folder of train/ and test/.
 set -euo pipefail

@@ -3,7 +3,7 @@
     python .github/few.py DIR 1000 0 1 2 3 4
 
 trains them on so many of the training images, 30 epochs, for the seeds named, into
-DIR/few-1000-SEED; what is there is kept, and a run that was killed goes on. A seed draws the images
+DIR/few-1000-SEED; what is there is kept, and a run that was killed resumes. A seed draws the images
 from the split "both"; selection and test are as they are. Architectures are those of
 ledger/fmnist-SEED.csv: searched on all images, as the pixels' mean and deviation are of all, too.
 """

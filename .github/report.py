@@ -4,8 +4,8 @@
 
 A saved ledger will do in place of a run folder: .github/ledger/fmnist-0.csv
 Mean and standard deviation of each method's ensemble; then each method's differences to the deep
-ensemble, paired by seed, with the 95 % interval of Student's t: an interval that contains
-zero shows nothing. What else a ledger has is left out.
+ensemble, paired by seed, with the 95 % interval of Student's t. Where it contains zero there is no
+measurable difference.
 """
 import csv
 import json
@@ -35,7 +35,8 @@ def write(path, rows):
         writer.writerows(rows)
 
 def mean_std(values, places):
-    spread = f" +- {statistics.stdev(values):.{places}f}" if len(values) > 1 else ""
+    """Mean and standard deviation; none of it where all are the same."""
+    spread = f" +- {statistics.stdev(values):.{places}f}" if len({*values}) > 1 else ""
     return f"{statistics.mean(values):.{places}f}{spread}"
 
 def mean_interval(values, places):

@@ -4,7 +4,7 @@ their ensembles, how low an ECE can be, for ledger/calibration.csv.
     python .github/twins.py DIR 0 1 2 3 4
 
 trains them for the seeds named, at the main command's settings, into DIR/twins-SEED; what is there
-is kept, and a run that was killed goes on. A row is an ensemble on test: the base's network and its
+is kept, and a run that was killed resumes. A row is an ensemble on test: the base's network and its
 twin, or the dial's five members with the seed held. gain: its NLL less the mean of its members'.
 Initial weights are a supernet's, cut to each architecture: common operations begin alike. The base
 and the dial's architectures are those of ledger/fmnist-SEED.csv.

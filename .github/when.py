@@ -3,7 +3,7 @@
     python .github/when.py DIR 0 1 2
 
 trains the base alone for some of its five epochs; then three copies go on apart, each with its own
-order of batches, into DIR/when-SEED. What is there is kept, and a run that was killed goes on. A
+order of batches, into DIR/when-SEED. What is there is kept, and a run that was killed resumes. A
 row is the three copies' ensemble on test. The base is that of ledger/fmnist-SEED.csv.
 """
 import shutil
