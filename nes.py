@@ -14,11 +14,11 @@ Results go to the run folder, --out. Repeat a command that was stopped, and it r
      arch: the finished architecture read off alpha(lambda), which the table a makes; share(arch):
      the share of the base's 16 entries that it lacks, its Jensen-Shannon divergence / ln 2
   3  sampling: alpha(lambda_1), ..., alpha(lambda_M) give M architectures, a look-up each
-  4  ensemble: their mean predicts     p(y | x) = mean_m p_m(y | x)
+  4  ensemble: the networks' mean      p(y | x) = mean_m p_m(y | x)
 
 Step 1 is sections 1 to 3, step 2 section 4, step 3 section 5, step 4 sections 6 and 7; section 8
-has rivals. The rest can wait: data, settings, keeping work, pictures, the run, CPU kernels. From it
-the method uses
+has rivals. The rest can wait: data, settings, keeping work, pictures, the run, CPU kernels. Of the
+rest the method uses
   rng(*key)            a random generator that depends on `key` alone
   Progress(name, ..)   log rows and checkpoints of a training loop, which resumes after a kill
   save, load           files; file_of, load_finished: those of a finished search or network
@@ -180,9 +180,9 @@ class Network(nn.Module):
 
     Of n cells, counted from 0, n // 3 and 2 n // 3 are reduction cells, but never the first. arch:
     None for the supernet, which holds all operations, or a finished architecture, for its 16 alone.
-    affine: whether the cells' batch norm has scale and shift, by default in a finished
-    network only: in the search's supernet a scale would undo alpha's weighing. forward: x (B, C_in,
-    H, W); arch (2, E, O), what to run and with which weights, None for all. Returns logits (B, Y).
+    affine: whether the cells' batch norm has scale and shift, by default in a finished network
+    only: in the search's supernet a scale would undo alpha's weighing. forward: x (B, C_in, H, W);
+    arch (2, E, O), what to run and with which weights, None for all. Returns logits (B, Y).
     """
 
     def __init__(self, C_in, classes, C, cells, arch=None, affine=None):
@@ -1070,12 +1070,12 @@ def plot_reliability(axis, probs, labels):
     axis.set(xlabel="confidence", ylabel="accuracy", title="Reliability of the ensemble")
     axis.legend(fontsize=8)
 
-def plot_disagreement(axis, rows_of, args):
+def plot_disagreement(axis, networks):
     """Does lambda move predictions, too? The share of test images on which a network and the one at
-    lambda = 0 disagree. rows_of: label -> rows of the ledger, that of lambda = 0 first."""
-    for label, rows in rows_of.items():
-        votes = [load(Path(args.out) / row["file"])["test"].argmax(dim=-1) for row in rows]
-        shares = [(vote != votes[0]).double().mean().item() for vote in votes]
+    lambda = 0 disagree. networks: label -> (rows of the ledger, that of lambda = 0 first; probs)"""
+    for label, (rows, probs) in networks.items():
+        votes = probs.argmax(dim=-1)                                                   # (M, N)
+        shares = (votes != votes[0]).double().mean(dim=-1)
         axis.plot([row["lambda"] for row in rows], shares, "o", label=label)
     axis.set(xlabel="lambda", ylabel="share of test images", ylim=(0, None),
              title="Disagreement with lambda = 0")
@@ -1090,8 +1090,9 @@ def save_pictures(results, one_shots, labels, args):
     dial, predictions, size, reliability = figures["results"].subplots(1, 4)
     plot_response(dial, results["lambda_response"]["points"], members)
     predictions.sharex(dial)
-    plot_disagreement(predictions, {"trained": members, "in one shot": one_shots}, args)
-    probs = torch.stack([load(Path(args.out) / member["file"])["test"] for member in members])
+    probs, shots = (torch.stack([load(Path(args.out) / row["file"])["test"] for row in rows])
+                    for rows in (members, one_shots))
+    plot_disagreement(predictions, {"trained": (members, probs), "in one shot": (one_shots, shots)})
     plot_reliability(reliability, probs, labels)
     counts = range(1, len(members) + 1)
     together = [ensemble_metrics(probs[:count], labels)["accuracy"] for count in counts]

@@ -14,7 +14,7 @@ DIR, CIFAR: as for evidence.sh. Writes beside itself:
     ledger/control.csv      the dial with L_val, without it, and changes at random
     ledger/dial.csv         matched entries against lambda, of each search
     ledger/ablation.csv     the same with an ingredient left out, and accuracy in one shot
-Other scripts write twins.csv, few.csv and when.csv: twins.py, few.py, when.py.
+twins.py writes twins.csv and calibration.csv, few.py few.csv, when.py when.csv.
 """
 import argparse
 import itertools
@@ -345,9 +345,9 @@ def pair_rows(folder, rows, labels):
                   for (entries,), same in sorted(by(pairs, "entries").items())]
     return found
 
-def slopes(groups, x, y, scale=100):
-    """Of each seed's rows the slope of a line through (x, y), as mean and interval."""
-    return mean_interval([scale * statistics.linear_regression(
+def slopes(groups, x, y):
+    """Of each seed's rows the slope of a line through (x, y), y in %, as mean and interval."""
+    return mean_interval([100 * statistics.linear_regression(
         *([float(row[key]) for row in rows] for key in (x, y))).slope for rows in groups], 3)
 
 def pair_table(rows):

@@ -13,7 +13,7 @@ import torch
 
 import evidence
 from evidence import nes, report
-from twins import architecture
+from twins import add, architecture
 
 METHODS = {"one network": ("deep", 1), "five deep": ("deep", 5), "five of ours": ("ours", 5),
            "five random": ("random", 5)}
@@ -36,7 +36,6 @@ def row(title, names, count, data, args):
             **nes.ensemble_metrics(at("test"), labels["test"])}
 
 def main(out, count, seeds):
-    file = evidence.SAVED / "few.csv"
     for seed in seeds:
         args = nes.parse(["--seed", seed, "--epochs", 30, "--device", "cpu",
                           "--out", f"{out}/few-{count}-{seed}"])
@@ -52,8 +51,7 @@ def main(out, count, seeds):
                 if not nes.file_of(name, args).exists():
                     nes.train_member(name, arch, i, data, args)
             found.append(row(title, names, count, data, args))
-        others = [row for row in report.read(file) if (row["seed"], row["images"]) != (seed, count)]
-        report.write(file, others + found)
+        add("few", found, ("images", "seed"))
 
 if __name__ == "__main__":
     if len(sys.argv) < 4:

@@ -221,6 +221,13 @@ def test_an_ECE_that_chance_alone_gives():
     assert row["ece"] == pytest.approx(0.5)
     assert row["floor"] == pytest.approx(0.025 * math.sqrt(2 / math.pi), rel=0.05)
 
+def test_a_ledgers_rows_are_replaced_by_their_keys(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "SAVED", tmp_path)
+    row = lambda seed, images, score: {"seed": seed, "images": images, "score": score}
+    twins.add("few", [row(1, 9, "a"), row(0, 9, "b")], ("images", "seed"))
+    twins.add("few", [row("1", 9, "c"), row(1, 5, "d")], ("images", "seed"))
+    assert [one["score"] for one in report.read(tmp_path / "few.csv")] == ["d", "b", "c"]
+
 def test_few_images_are_of_the_training_ones_and_of_a_seed():
     data = nes.load_data("toy")
     images, labels = few.few(data, 50, 1).splits["both"]

@@ -77,11 +77,11 @@ def row(change, names, lam, base, data, args):
             "accuracy": scores["accuracy"], "nll": scores["nll"],
             "gain": scores["nll"] - sum(alone) / len(alone)}
 
-def add(name, seed, rows):
-    """Put a seed's rows into a ledger, in place of those that it had."""
-    file = evidence.SAVED / f"{name}.csv"
-    others = [row for row in report.read(file) if row["seed"] != seed]
-    report.write(file, sorted(others + rows, key=lambda row: int(row["seed"])))
+def add(name, rows, keys=("seed",)):
+    """Put rows into a ledger, in place of those that it had with their values of `keys`."""
+    file, of = evidence.SAVED / f"{name}.csv", lambda row: [int(row[key]) for key in keys]
+    others = [row for row in report.read(file) if of(row) not in map(of, rows)]
+    report.write(file, sorted(others + rows, key=of))
 
 def main(out, seeds):
     for seed in seeds:
@@ -98,13 +98,13 @@ def main(out, seeds):
             train(name, *made_of, data, args)
         held = ["dial-0" if "dial-0" in found else "base",
                 *(f"dial-{i}" for i in range(1, len(dial)))]
-        add("twins", seed, [
+        add("twins", [
             *(row(name.partition("-")[0] if name[:5] == "entry" else name, ["base", name], "",
                   base, data, args) for name in found if name[:4] not in ("base", "dial")),
             *(row("dial", [held[0], name], lam, base, data, args)
               for name, lam in list(zip(held, lambdas))[1:]),
             row("five of the dial", held, "", base, data, args)])
-        add("calibration", seed, [evidence.calibration_row(
+        add("calibration", [evidence.calibration_row(
             seed, title, torch.stack([nes.load_finished(name, args)["test"] for name in names]),
             data.splits["test"][1]) for title, names in (("one network", ["base"]),
                                                          ("five of the dial", held))])

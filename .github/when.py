@@ -60,7 +60,7 @@ def main(out, seeds):
             found.append({"seed": seed, "alone": f"{alone:.1f}",
                           "epochs": f"{alone + COPIES * (args.epochs - alone):.1f}",
                           **nes.ensemble_metrics(probs, data.splits["test"][1])})
-        add("when", seed, found)
+        add("when", found)
 
 if __name__ == "__main__":
     if len(sys.argv) < 3:
