@@ -58,11 +58,13 @@ def lines_of(rows, *keys):
 
 # ---- The finding: what moves predictions? --------------------------------------------------------
 
-TWINS = {"weight": "one weight by 1e-6", "entry": "one entry", "sixteen": "all sixteen entries",
-         "init": "the initial weights", "order": "the order of batches", "both": "a new seed: both",
+TWINS = {"nothing": "nothing", "weight": "one weight by 1e-6", "entry": "one entry",
+         "sixteen": "all sixteen entries", "init": "the initial weights",
+         "order": "the order of batches", "both": "a new seed: both",
          "both-sixteen": "a new seed and all sixteen entries"}
-TWIN = {"disagreement": ("disagree, %", 100, 2), "accuracy": ("the pair's accuracy, %", 100, 2),
-        "gain": ("its NLL, less the mean of the two", 1, 4)}
+GAIN = {"gain": ("NLL, less the members' mean", 1, 4)}
+TWIN = {"disagreement": ("disagree, %", 100, 2), "accuracy": ("accuracy of the pair, %", 100, 2),
+        **GAIN}
 TWIN_QUESTIONS = [(TWINS[one], TWINS[other]) for one, other in (
     ("entry", "weight"), ("sixteen", "weight"), ("both", "weight"), ("sixteen", "both"),
     ("both-sixteen", "both"))]
@@ -73,6 +75,7 @@ def twin_lines(rows):
                             for (seed,), draws in by(same, "seed").items()}
             for (change,), same in by(rows, "change").items() if change in TWINS}
 
+MEMBER = {"member_mean": ("a member's accuracy, %", 100, 2)}
 SIZES = {"accuracy": ("accuracy, %", 100, 2), "nll": ("NLL", 1, 4)}
 
 def plot_twins(rows, path):
@@ -100,18 +103,27 @@ def shot_rows(folder, rows, labels):
             {"seed": rows[0]["seed"], "networks": count, **scores(probs[:count])}
             for count in (1, 2, 3, 5, 10, 20)]
 
-SHOTS = {"disagreement": ("disagree with lambda = 0, %", 100, 2),
-         "gained": ("accuracy, less that at lambda = 0, points", 100, 2)}
-
-def shot_table(rows):
-    """Of the twenty networks in one shot those at five lambdas."""
-    lines = [["lambda", "entries that are the base's", *(title for title, _, _ in SHOTS.values())]]
-    for (lam,), seeds in sorted(by(rows, "lambda").items()):
-        if f"{float(lam):.2f}" in ("0.06", "0.12", "0.24", "0.35", "0.47"):
-            lines.append([f"{float(lam):.2f}", f"{mean(seeds, 'entries'):.1f}", *(
-                mean_interval([scale * float(row[key]) for row in seeds], places)
-                for key, (_, scale, places) in SHOTS.items())])
+def response_table(shots, trained):
+    """Disagreement with the network at lambda = 0: in one shot, at five of its twenty lambdas; and
+    trained with the seed held, where lambda has its members."""
+    lines = [["lambda", "in one shot: disagree, %", "accuracy, less that at lambda = 0, points",
+              "trained, seed held: disagree, %"]]
+    column = lambda rows, key: [100 * float(row[key]) for row in rows]
+    at = lambda rows: by([row | {"at": f"{float(row['lambda']):.2f}"} for row in rows], "at")
+    shots, trained = at(shots), at(trained)
+    for lam in ("0.06", "0.12", "0.24", "0.35", "0.47", "0.62", "0.85"):
+        shot, own = shots.get((lam,)), trained.get((lam,))
+        lines.append([lam, mean_std(column(shot, "disagreement"), 2) if shot else "",
+                      mean_interval(column(shot, "gained"), 2) if shot else "",
+                      mean_std(column(own, "disagreement"), 2) if own else ""])
     return markdown(lines)
+
+def gains(path):
+    """The NLL of ours in a saved ledger, less its members' mean."""
+    rows = [row for row in read(path) if row["method"] == "ours"]
+    (ensemble,), members = ([row for row in rows if bool(row["file"]) == own]
+                            for own in (False, True))
+    return float(ensemble["nll"]) - mean(members, "nll")
 
 def plot_finding(dial, shots, twins, path):
     """Architectures along the dial, and predictions along it: means, and a point a seed."""
@@ -129,13 +141,14 @@ def plot_finding(dial, shots, twins, path):
     left.plot([0, 1], [nes.ENTRIES, 0], ":", color="grey", label="ideal: 16 (1 - lambda)")
     left.set(xlabel="lambda", ylabel="entries of 16 that are the base's", ylim=(0, None),
              title="Lambda is a dial of architectures ...")
-    curve(right, shots, 100, "disagreement", "tab:orange", "in one shot, weights shared")
-    curve(right, level["dial",], 100, "disagreement", "tab:blue", "trained, seed held")
-    for change, style, label in (("both", "--", "another seed"),
-                                 ("weight", ":", "one weight moved by 1e-6")):
+    curve(right, shots, 100, "disagreement", "tab:orange", "in one shot: weights shared")
+    curve(right, level["dial",], 100, "disagreement", "tab:blue", "trained, the seed held")
+    right.plot(0, 0, "o", color="tab:blue", mfc="none", label="the network at lambda = 0 itself")
+    for change, style, label in (("both", "--", "lambda = 0, another seed"),
+                                 ("weight", ":", "lambda = 0, one weight moved by 1e-6")):
         right.axhline(percent(level[change,]), ls=style, color="grey", label=label)
-    right.set(xlabel="lambda", ylabel="test images on which it\ndisagrees with lambda = 0, %",
-              ylim=(0, None), title="... and hardly one of predictions")
+    right.set(xlabel="lambda", ylabel="test images predicted differently\nthan at lambda = 0, %",
+              ylim=(0, None), title="... of predictions only where weights are shared")
     for axis in (left, right):
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
@@ -194,44 +207,56 @@ def score_rows(folder, kind, rows, data, args):
 # column -> (title, scale, digits)
 SCORES = {"accuracy": ("accuracy, %", 100, 2), "nll": ("NLL", 1, 4),
           "nll_tempered": ("NLL, tempered", 1, 4), "ece": ("ECE", 1, 4), "brier": ("Brier", 1, 4)}
-COST = {"with_searches": ("epochs, with searches", 1, 1),
-        "networks": ("networks to run", 1, 1)}
+COMPARED = {key: SCORES[key] for key in ("accuracy", "nll", "nll_tempered", "ece")}
+COST = {"cost": ("cost, with searches", 1, 1), "networks": ("networks to run", 1, 1)}
 SIZED = {"multiplications": ("multiplications for an image, millions", 1e-6, 1),
          "parameters": ("parameters, thousands", 1e-3, 0), "temperature": ("temperature", 1, 2),
          "disagreement": ("disagree, %", 100, 2)}
 
+def score_lines(scores):
+    """`lines_of` the ensembles, and what each costs to train and search, in epochs of that seed's
+    one network: a wide network's epochs count by their multiplications."""
+    points = lines_of(scores, "method", "epochs")
+    for row in scores:
+        one = points["one network, 5"][row["seed"]]
+        row["cost"] = (5 * float(row["compute"]) / float(one["compute"])
+                       + float(row["with_searches"]) - float(row["epochs"]))
+    return points
+
 def compared_table(points, pairs, columns):
-    """Differences of pairs of lines, paired by seed."""
+    """Differences of pairs of lines, paired by seed, over the seeds that both have."""
     lines = [["difference", *(title.replace("%", "points") for title, _, _ in columns.values())]]
     lines += [[f"{one} - {other}", *(paired(points[one], points[other], key, scale, places)
                                      for key, (_, scale, places) in columns.items())]
-              for one, other in pairs if one in points and other in points]
+              for one, other in pairs if points.get(one, {}).keys() & points.get(other, {}).keys()]
     return markdown(lines)
 
-DEEP, OURS = "five deep, 25", "five of ours, 25"  # epochs
-QUESTIONS = [(OURS, DEEP), (OURS, "five perturbed, 25"), (OURS, "five random, 25"),
+DEEP, OURS, RANDOM = "five deep, 25", "five of ours, 25", "five random, 25"  # epochs
+FIRST = "base in one shot, 12"
+QUESTIONS = [(OURS, DEEP), (OURS, "five perturbed, 25"), (OURS, RANDOM),
              (OURS, "one wide network, 6"), (DEEP, "one network, 20"),
              ("two deep, 10", "one network, 12"), ("one shot of 20, 12", "one network, 12"),
-             ("one shot of 20, 12", "two deep, 10"), ("one shot of 20, 12", "base in one shot, 12")]
+             ("one shot of 20, 12", "two deep, 10"), ("one shot of 20, 12", FIRST),
+             (FIRST, "one network, 12")]
 LONGER = [("one network, 20", "one network, 12"), *(
     (f"one shot of 20, {epochs}", f"one network, {epochs}") for epochs in (5, 20))]
 ONE, SHOT_12 = "one network, augmented, 12", "one shot of 20, augmented, 12"
 REGULARISED = [(SHOT_12, ONE), (ONE, "one network, 12"), (SHOT_12, "one shot of 20, 12"),
                (ONE, "one shot of 20, 12")]
+CIFAR_QUESTIONS = [("ours", "deep"), ("ours", "perturbed"), ("deep", "single"),
+                   ("one-shot", "single")]
 HELD = "five of the dial, seed held"
 # These lines are in scores.csv alone, lest the table be longer than what it shows
-LESS = ("one shot of 20, 5", "one shot of 20, 20", "base in one shot, 12", "base in one shot, 20",
-        "two of ours, 10")
+LESS = ("one shot of 20, 5", "one shot of 20, 20", FIRST, "base in one shot, 20",
+        "two of ours, 10", ONE, SHOT_12)
 
 def plot_compute(points, path):
-    """Accuracy and NLL against the cost of training and searching, in epochs of one network; a wide
-    network's epochs count by their multiplications. Bars: a standard deviation."""
-    figure, one = Figure((10, 4), layout="constrained"), points["one network, 5"].values()
+    """Accuracy and NLL against the cost of training and searching, in epochs of one network. Bars:
+    a standard deviation."""
+    figure = Figure((10, 4), layout="constrained")
     lines = {"one network": "one network", "one wide network": "one wide network",
              "one shot of 20": "twenty in one shot", "deep": "two and five, deep ensemble",
              "of ours": "two and five of ours"}
-    cost = lambda seeds: (5 * mean(seeds, "compute") / mean(one, "compute")
-                          + mean(seeds, "with_searches") - mean(seeds, "epochs"))
     axes = figure.subplots(1, 2)
     for axis, key, scale, label in zip(axes, ("accuracy", "nll"), (100, 1),
                                        ("test accuracy, %", "NLL, nats")):
@@ -240,8 +265,9 @@ def plot_compute(points, path):
                      and "augmented" not in point]
             if found:
                 values = [[scale * float(row[key]) for row in seeds] for seeds in found]
-                axis.errorbar([cost(seeds) for seeds in found], [*map(statistics.mean, values)],
-                              [*map(statistics.stdev, values)], fmt="o-", capsize=2, label=title)
+                axis.errorbar([mean(seeds, "cost") for seeds in found],
+                              [*map(statistics.mean, values)], [*map(statistics.stdev, values)],
+                              fmt="o-", capsize=2, label=title)
         axis.set(xlabel="cost of training and searching, in epochs of one network", ylabel=label,
                  xticks=range(0, 30, 5))
     axes[0].legend(fontsize=8)
@@ -252,11 +278,10 @@ def plot_compute(points, path):
 FEW = {"accuracy": ("accuracy, %", 100, 2), "nll": ("NLL", 1, 4),
        "nll_tempered": ("NLL, tempered", 1, 4), "disagreement": ("disagree, %", 100, 2),
        "train_loss": ("training loss", 1, 3)}
-FEW_QUESTIONS = [(f"five {one}, {count}", f"{other}, {count}") for count in (1000, 5000)
-                 for one, other in (("of ours", "five deep"), ("random", "five deep"),
-                                    ("deep", "one network"))]
-WHEN = {"disagreement": ("disagree, %", 100, 2), "accuracy": ("accuracy, %", 100, 2),
-        "nll": ("NLL", 1, 4)}
+FEW_QUESTIONS = [("five of ours", "five deep"), ("five random", "five deep"),
+                 ("five deep", "one network")]
+WHEN = {"epochs": ("epochs in all", 1, 1), "disagreement": ("disagree, %", 100, 2),
+        "accuracy": ("accuracy, %", 100, 2), "nll": ("NLL", 1, 4)}
 FLOOR = {"ece": ("ECE", 1, 4), "floor": ("ECE, were it calibrated", 1, 4),
          "spread": ("deviation of that", 1, 4)}
 
@@ -363,8 +388,8 @@ def pair_table(rows):
 
 # ---- What does L_val give? -----------------------------------------------------------------------
 
-CONTROL = {"dial_error": ("dial error", 1, 3),
-           "shot_mean": ("in one shot: a member, %", 100, 2),
+DIAL_ERROR = {"dial_error": ("dial error", 1, 3)}
+CONTROL = {"shot_mean": ("in one shot: a member, %", 100, 2),
            "shot_accuracy": ("20 together, %", 100, 2), "shot_nll": ("their NLL", 1, 4),
            "shot_disagreement": ("they disagree, %", 100, 2),
            "trained_mean": ("trained: a member, %", 100, 2),
@@ -383,8 +408,7 @@ def control_row(kind, rows, dial_error):
 
 # ---- The dial, and its ingredients ---------------------------------------------------------------
 
-ABLATION = {"dial_error": ("dial error", 1, 3),
-            "one_shot_selection": ("one shot, selection split, %", 100, 1)}
+ABLATION = {**DIAL_ERROR, "one_shot_selection": ("one shot, selection split, %", 100, 1)}
 TENTHS = [f"{t / 10:.1f}" for t in range(11)]
 
 def dial_row(args, response):
@@ -404,7 +428,7 @@ def dial_table(rows):
 
 # ---- All of it -----------------------------------------------------------------------------------
 
-SAVED, SEARCHES = HERE / "ledger", ("deep", "ours", "random", "nes-rs", "darts")
+SAVED, SEARCHES = HERE / "ledger", ("deep", "ours", "nes-rs", "darts")
 FILES = ("scores", "elsewhere", "pairs", "control", "dial", "ablation", "shots", "sizes")
 OTHERS = ("twins", "few", "when", "calibration")  # of other scripts
 def tables():
@@ -412,50 +436,66 @@ def tables():
     holds, and one of more, of which it has numbers in its prose."""
     fmnist, cifar = (sorted(SAVED.glob(f"{name}-?.csv")) for name in ("fmnist", "cifar10"))
     some = [path for path in fmnist if ("darts",) in by(read(path), "method")]
+    others = report.read_runs(some) if some else {}
     scores, elsewhere, pairs, control, dial, ablation, shots, sizes, twins, few, when, floor = (
         read(SAVED / f"{name}.csv") for name in (*FILES, *OTHERS))
-    points, there = lines_of(scores, "method", "epochs"), lines_of(elsewhere, "method")
+    points, there = score_lines(scores), lines_of(elsewhere, "method")
+    best = {title: points[title] for title in points if title not in LESS}
     # only the seeds that all lines have, so that the lines can be compared
-    common = set.intersection(*map(set, points.values())) if points else ()
-    points = {title: {seed: seeds[seed] for seed in sorted(common)}
-              for title, seeds in points.items()}
-    held = {HELD: {row["seed"]: row for row in twins if row["change"] == "five of the dial"}}
+    common = set.intersection(*map(set, best.values())) if best else ()
+    best = {title: {seed: seeds[seed] for seed in sorted(common)} for title, seeds in best.items()}
+    trained = [row for row in twins if row["change"] == "dial"]
+    held = {HELD: {row["seed"]: row for row in twins if row["change"] == "five of the dial"},
+            OURS: {seed: row | {"gain": gains(SAVED / f"fmnist-{seed}.csv")}
+                   for seed, row in points.get(OURS, {}).items()}}
     ours = [[row for row in read(path) if row["method"] == "ours" and row["file"]]
             for path in fmnist]
     controls, without = lines_of(control, "method"), lines_of(ablation, "without")
-    fewer = lines_of(few, "method", "images")
+    fewer = lines_of([row for row in few if row["images"] == "1000"], "method")
+    abroad = report.read_runs(cifar) if cifar else {}
     shown = {
         "twins": twins and score_table(twin_lines(twins), TWIN),
         "twins, compared": twins and compared_table(twin_lines(twins), TWIN_QUESTIONS, TWIN),
         "seed held": twins and scores and compared_table(
-            points | held, [(HELD, OURS)], report.known(held, SCORES | report.COLUMNS)),
-        "shots": shots and shot_table(shots),
-        "sizes": sizes and score_table(lines_of(sizes, "networks"), SIZES),
-        "CIFAR-10": cifar and report.report(cifar, columns=report.COLUMNS),
+            held, [(HELD, OURS)], report.known(held, report.COLUMNS | GAIN)),
+        "response": shots and twins and response_table(shots, trained),
+        "CIFAR-10": abroad and score_table(abroad, report.COLUMNS),
+        "CIFAR-10, compared": abroad and compared_table(abroad, CIFAR_QUESTIONS, report.COLUMNS),
         "augmented": ONE in points and compared_table(points, REGULARISED, SCORES),
         "few": few and score_table(fewer, FEW),
         "few, compared": few and compared_table(fewer, FEW_QUESTIONS, FEW),
-        "when": when and score_table(lines_of(when, "alone", "epochs"), WHEN),
-        "scores": scores and score_table(
-            {title: points[title] for title in points if title not in LESS}, SCORES | COST),
-        "scores, compared": scores and compared_table(points, QUESTIONS, SCORES),
-        "other searches": some and report.report(some, SEARCHES).rpartition("\n\n")[2],
-        "dial": dial and dial_table(dial),
+        "when": when and score_table(lines_of(when, "alone"), WHEN, first="epochs together"),
+        "scores": scores and score_table(best, SCORES | COST),
+        "scores, compared": scores and compared_table(points, QUESTIONS, COMPARED),
+        "other searches": others and score_table(
+            {method: others[method] for method in SEARCHES}, report.COLUMNS, "deep"),
+        "dial": dial and dial_table(
+            [row for row in dial if row["run"] in ("fmnist", "cifar10", "dial-paper")]),
         "control, compared": controls and score_table(controls, CONTROL, "with L_val"),
         "elsewhere, compared": there and score_table(there, ELSEWHERE_COMPARED, "five deep"),
         "ingredients": without and score_table(without, ABLATION)}
     more = {
+        "sizes": sizes and score_table(lines_of(sizes, "networks"), SIZES, first="networks"),
+        "dial, other steps": dial and dial_table(
+            [row for row in dial if row["run"] in ("dial-half", "dial-twice")]),
+        "control, dial error": controls and score_table(controls, DIAL_ERROR, "with L_val"),
         "scores of longer training, compared": scores and compared_table(points, LONGER, SCORES),
         "sizes of networks": scores and score_table(points, SIZED),
-        "disagreement, ours": scores and compared_table(points, [(OURS, DEEP)], SIZED),
+        "sizes of networks, compared": scores and compared_table(points, [
+            (OURS, DEEP), (OURS, RANDOM), (DEEP, RANDOM)], SIZED | SCORES),
         "elsewhere": there and score_table(there, ELSEWHERE),
         "elsewhere, ours": there and compared_table(there, [
             ("five of ours", other) for other in ("five perturbed", "five random")], ELSEWHERE),
         "ingredients, compared": without and score_table(without, ABLATION, "default"),
-        "accuracy of ours, points from lambda 0 to 1": ours and slopes(ours, "lambda", "accuracy"),
-        "disagreement, seed held, points from lambda 0 to 1": twins and slopes(
-            by([row for row in twins if row["change"] == "dial"], "seed").values(),
-            "lambda", "disagreement"),
+        "members, compared": fmnist and compared_table(
+            report.read_runs(fmnist), [("deep", "random"), ("ours", "random")], MEMBER),
+        "accuracy of ours, points for 1 of lambda": ours and slopes(ours, "lambda", "accuracy"),
+        "disagreement with lambda = 0, points for 1 of lambda": trained and shots and markdown(
+            [["networks", "slope"], *([title, slopes(
+                by(rows, "seed").values(), "lambda", "disagreement")] for title, rows in (
+                    ("trained, seed held", trained), ("in one shot", shots),
+                    ("in one shot, lambda above .3", [
+                        row for row in shots if float(row["lambda"]) > 0.3])))]),
         "pairs": pairs and pair_table(pairs),
         "calibration": floor and score_table(lines_of(floor, "method"), FLOOR)}
     return [{title: text for title, text in found.items() if text} for found in (shown, more)]
@@ -470,7 +510,7 @@ def pictures():
     if twins and shots and dial:
         plot_finding(dial, shots, twins, HERE / "finding.png")
     if scores:
-        plot_compute(lines_of(scores, "method", "epochs"), HERE / "compute.png")
+        plot_compute(score_lines(scores), HERE / "compute.png")
 
 def collect(out, cifar):
     """Write the CSV files from the run folders that are finished."""

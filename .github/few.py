@@ -12,8 +12,8 @@ import sys
 import torch
 
 import evidence
-from evidence import nes, report
-from twins import add, architecture
+from evidence import nes
+from twins import add, setup
 
 METHODS = {"one network": ("deep", 1), "five deep": ("deep", 5), "five of ours": ("ours", 5),
            "five random": ("random", 5)}
@@ -37,15 +37,10 @@ def row(title, names, count, data, args):
 
 def main(out, count, seeds):
     for seed in seeds:
-        args = nes.parse(["--seed", seed, "--epochs", 30, "--device", "cpu",
-                          "--out", f"{out}/few-{count}-{seed}"])
-        data = nes.load_data("fmnist", str(evidence.HERE.parent / "data"), seed=args.seed)
-        data = few(data, int(count), args.seed)
-        torch.set_num_threads(1)
-        saved, found = report.read(evidence.SAVED / f"fmnist-{seed}.csv"), []
+        args, data, rows = setup(f"{out}/few-{count}-{seed}", seed, "--epochs", 30)
+        data, found = few(data, int(count), args.seed), []
         for title, (method, size) in METHODS.items():
-            genotypes = [row["genotype"] for row in saved if row["method"] == method][:size]
-            archs = [architecture(genotype) for genotype in genotypes]
+            archs = [row["arch"] for row in rows[method][:size]]
             names = [f"{nes.fingerprint(arch)}-{i}" for i, arch in enumerate(archs)]
             for i, (name, arch) in enumerate(zip(names, archs)):
                 if not nes.file_of(name, args).exists():

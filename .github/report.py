@@ -48,9 +48,9 @@ def mean_interval(values, places):
     return f"{mean:+.{places}f} [{mean - half:+.{places}f}, {mean + half:+.{places}f}]"
 
 def paired(seeds, others, key, scale, places):
-    """`mean_interval` of a column's differences between two dicts, seed -> row."""
+    """`mean_interval` of a column's differences between two dicts, seed -> row; of common seeds."""
     return mean_interval([scale * float(row[key]) - scale * float(others[seed][key])
-                          for seed, row in seeds.items()], places)
+                          for seed, row in seeds.items() if seed in others], places)
 
 def markdown(lines):
     lines.insert(1, ["---"] * len(lines[0]))
@@ -61,11 +61,11 @@ def known(methods, columns):
     rows = [row for seeds in methods.values() for row in seeds.values()]
     return {key: columns[key] for key in columns if all(key in row for row in rows)}
 
-def score_table(methods, columns, other=None):
+def score_table(methods, columns, other=None, first="method"):
     """A line a method: each column's mean and deviation over the seeds, or differences to `other`.
-    methods: method -> seed -> row; columns: as COLUMNS."""
+    methods: method -> seed -> row; columns: as COLUMNS; first: what the lines are."""
     columns = known(methods, columns)
-    lines = [[f"minus {other}" if other else "method", *(
+    lines = [[f"minus {other}" if other else first, *(
         title.replace("%", "points") if other else title for title, _, _ in columns.values())]]
     for method, seeds in methods.items():
         if method != other:
@@ -94,12 +94,10 @@ def read_runs(folders):
     return {method: {seed: run[method] for seed, run in runs.items()} for method in run
             if all(method in one for one in runs.values())}
 
-def report(folders, wanted=(), columns=COLUMNS | MINUTES):
-    """The tables as text, of run folders or saved ledgers: of the wanted methods, or of all.
-    columns: of the first table; the second, of differences, has no minutes."""
+def report(folders):
+    """The tables as text, of run folders or saved ledgers."""
     methods = read_runs(folders)
-    methods = {method: methods[method] for method in wanted or methods}
-    text = [score_table(methods, columns)]
+    text = [score_table(methods, COLUMNS | MINUTES)]
     if "deep" in methods and 1 < len(folders) <= 1 + len(T_975):
         text.append(score_table(methods, COLUMNS, "deep"))
     return "\n\n".join(text)

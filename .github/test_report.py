@@ -154,9 +154,10 @@ def test_twins_differ_in_one_thing_each():
     found = twins.twins(base, dial, 3)
     assert {name: (nes.matched_entries(arch, base).item(), initial == key, order == key)
             for name, (arch, initial, order) in found.items() if name[:4] != "dial"} == {
-        "base": (16, True, True), "weight": (16, True, True), "entry-0": (15, True, True),
-        "entry-1": (15, True, True), "sixteen": (0, True, True), "init": (16, False, True),
-        "order": (16, True, False), "both": (16, False, False), "both-sixteen": (0, False, False)}
+        "base": (16, True, True), "nothing": (16, True, True), "weight": (16, True, True),
+        "entry-0": (15, True, True), "entry-1": (15, True, True), "sixteen": (0, True, True),
+        "init": (16, False, True), "order": (16, True, False), "both": (16, False, False),
+        "both-sixteen": (0, False, False)}
     assert found["dial-1"] == (dial[1], key, key) and "dial-0" not in found  # the base itself
     for n in (1, 4):
         some, more = (twins.changed(base, range(count), *key) for count in (n, n + 1))
@@ -243,8 +244,8 @@ def test_copies_go_on_from_the_checkpoint_where_they_part(tmp_path, monkeypatch)
     monkeypatch.setattr(when, "STEPS", (0, 2))
     data, base = nes.load_data("toy"), nes.random_architecture(0)
     when.keep_checkpoints(base, data, args)
-    for name, parted in (("late-0", "at-2"), ("late-1", "at-2"), ("early", "at-0")):
-        when.train(name, parted, base, (0, "when", name), data, args)
+    for name, step in (("late-0", 2), ("late-1", 2), ("early", 0)):
+        when.train(name, step, base, (0, "when", name), data, args)
     history = {name: nes.load_finished(name, args)["history"]
                for name in ("base", "late-0", "late-1", "early")}
     assert len(history["base"]) > 2 and history["late-0"][:2] == history["base"][:2]
@@ -290,10 +291,13 @@ def test_changes_at_random_are_as_many(tmp_path):
 def test_scores_are_of_the_seeds_that_all_lines_have(tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "SAVED", tmp_path)
     report.write(tmp_path / "scores.csv", [
-        {"method": method, "epochs": 5, "seed": seed, "accuracy": accuracy}
-        for method, seed, accuracy in (("a", 0, 0.8), ("a", 1, 0.9), ("b", 1, 0.7))])
+        {"method": method, "epochs": epochs, "seed": seed, "accuracy": accuracy, "compute": compute,
+         "with_searches": epochs + 2}
+        for method, epochs, seed, accuracy, compute in (
+            ("one network", 5, 0, 0.8, 100), ("one network", 5, 1, 0.9, 50), ("b", 4, 1, 0.7, 30))])
     text = evidence.tables()[0]["scores"]
-    assert "| a, 5 | 90.00 |" in text and "| b, 5 | 70.00 |" in text
+    assert "| one network, 5 | 90.00 | 7.0 |" in text
+    assert "| b, 4 | 70.00 | 5.0 |" in text                     # 5 * 30 / 50 epochs, and searches
 
 def test_the_tables_of_results_are_those_of_the_ledgers():
     text = (Path(__file__).parent / "results.md").read_text()

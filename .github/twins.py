@@ -43,7 +43,7 @@ def twins(base, dial, seed):
     key, other = (seed, "twins"), (seed, "twins", "other")
     all_entries = changed(base, range(16), *key)
     return {
-        "base": (base, key, key), "weight": (base, key, key),
+        "base": (base, key, key), "nothing": (base, key, key), "weight": (base, key, key),
         **{f"entry-{i}": (changed(base, [i], *key), key, key) for i in range(2)},
         "sixteen": (all_entries, key, key), "init": (base, other, key),
         "order": (base, key, other), "both": (base, other, other),
@@ -83,16 +83,21 @@ def add(name, rows, keys=("seed",)):
     others = [row for row in report.read(file) if of(row) not in map(of, rows)]
     report.write(file, sorted(others + rows, key=of))
 
+def setup(folder, seed, *flags):
+    """The settings of a run folder, the data, and of the main run with this seed method -> rows of
+    its networks, with their architectures in place of genotypes."""
+    args = nes.parse(["--seed", seed, "--device", "cpu", "--out", folder, *flags])
+    torch.set_num_threads(1)
+    data = nes.load_data("fmnist", str(evidence.HERE.parent / "data"), seed=args.seed)
+    rows = [row | {"arch": architecture(row["genotype"])}
+            for row in report.read(evidence.SAVED / f"fmnist-{seed}.csv") if row["file"]]
+    return args, data, {method: found for (method,), found in evidence.by(rows, "method").items()}
+
 def main(out, seeds):
     for seed in seeds:
-        args = nes.parse(["--seed", seed, "--device", "cpu", "--out", f"{out}/twins-{seed}"])
-        data = nes.load_data("fmnist", str(evidence.HERE.parent / "data"), seed=args.seed)
-        rows = [row for row in report.read(evidence.SAVED / f"fmnist-{seed}.csv") if row["file"]]
-        base = next(architecture(row["genotype"]) for row in rows if row["method"] == "deep")
-        ours = [row for row in rows if row["method"] == "ours"]
-        dial, lambdas = ([architecture(row["genotype"]) for row in ours],
-                         [float(row["lambda"]) for row in ours])
-        torch.set_num_threads(1)
+        args, data, rows = setup(f"{out}/twins-{seed}", seed)
+        base, dial = rows["deep"][0]["arch"], [row["arch"] for row in rows["ours"]]
+        lambdas = [float(row["lambda"]) for row in rows["ours"]]
         found = twins(base, dial, args.seed)
         for name, made_of in found.items():
             train(name, *made_of, data, args)

@@ -12,21 +12,21 @@ import sys
 import torch
 
 import evidence
-from evidence import nes, report
-from twins import add, architecture
+from evidence import nes
+from twins import add, setup
 
 COPIES = 3
 STEPS = (0, 800, 1700, 2500, 3400)  # where a checkpoint is, of 4,218: near 0, 1, 2, 3 and 4 epochs
 
-def train(name, parted, base, order, data, args):
+def train(name, step, base, order, data, args):
     """Train the base in the order of batches that `order` names; <out>/<name>.pt holds it then. It
-    starts from the checkpoint <out>/<parted>.pt, where there is one."""
+    starts from the checkpoint <out>/at-STEP.pt, at step 0 from the initial weights."""
     if nes.file_of(name, args).exists():
         return
-    begun, checkpoint = nes.file_of(f"unfinished/{name}", args), nes.file_of(parted, args)
-    if checkpoint.exists() and not begun.exists():
+    begun = nes.file_of(f"unfinished/{name}", args)
+    if step and not begun.exists():
         begun.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(checkpoint, begun)
+        shutil.copy(nes.file_of(f"at-{step}", args), begun)
     net = nes.build((args.seed, "when"), data, args.channels, args.cells, base)
     progress = nes.train(name, net, args.epochs, order, data, args)
     progress.finish(**nes.network_state(net, data))
@@ -43,18 +43,14 @@ def keep_checkpoints(base, data, args):
 
 def main(out, seeds):
     for seed in seeds:
-        args = nes.parse(["--seed", seed, "--device", "cpu", "--out", f"{out}/when-{seed}"])
-        data = nes.load_data("fmnist", str(evidence.HERE.parent / "data"), seed=args.seed)
-        torch.set_num_threads(1)
-        base = next(architecture(row["genotype"])
-                    for row in report.read(evidence.SAVED / f"fmnist-{seed}.csv")
-                    if row["method"] == "deep")
+        args, data, rows = setup(f"{out}/when-{seed}", seed)
+        base = rows["deep"][0]["arch"]
         keep_checkpoints(base, data, args)
         steps, found = args.epochs * len(data.splits["both"][1]) // args.batch, []
         for step in STEPS:
             names = [f"copy-{step}-{i}" for i in range(COPIES)]
             for i, name in enumerate(names):
-                train(name, f"at-{step}", base, (args.seed, "when", i), data, args)
+                train(name, step, base, (args.seed, "when", i), data, args)
             probs = torch.stack([nes.load_finished(name, args)["test"] for name in names])
             alone = args.epochs * step / steps
             found.append({"seed": seed, "alone": f"{alone:.1f}",
