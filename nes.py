@@ -28,8 +28,8 @@ rest the method uses
   gradient_channels_last(x)    x itself, which is faster backward
 
 Letters for shapes: B batch, C channels, H and W height and width, K pivots, M members, N points,
-Y classes, O = 7 operations, E = 14 edges of a cell. Whatever says which operations run has the
-shape (2, E, O), first the normal cell, then the reduction cell.
+Y classes, O = 7 operations, E = 14 edges of a cell. Whatever says which operations run
+(alpha, p, arch) has the shape (2, E, O), first the normal cell, then the reduction cell.
 """
 import argparse
 import contextlib
@@ -62,7 +62,8 @@ from torchvision.transforms import v2
 # An architecture is a tensor arch (2, E, O): arch[kind, edge, operation] is that operation's weight
 # there. While DARTS searches it is soft, softmax(alpha), and every operation runs. A finished one
 # is 0/1 with 16 ones, its entries: in each cell two inputs for each of 4 nodes, an operation each.
-# Architectures stay on the CPU, where a network asks which of their numbers are 0.
+# Architectures stay on the CPU: a network asks which of their numbers are 0, and would wait for a
+# GPU to answer.
 KINDS = ("normal", "reduction")
 NODES = 4                                                                        # of a cell
 EDGES = [(source, node) for node in range(NODES) for source in range(node + 2)]  # 0, 1: its inputs
@@ -88,7 +89,7 @@ def genotype(arch):
 
 def matched_entries(arch, base):
     """How many entries of finished architectures (..., 2, E, O) are the base's (2, E, O)."""
-    return (arch * base).flatten(-base.dim()).sum(dim=-1).long()
+    return (arch * base).sum(dim=(-3, -2, -1)).long()
 
 # ---- 2. The DARTS cell and the network -----------------------------------------------------------
 class FactorizedReduce(nn.Module):
@@ -233,8 +234,8 @@ def second_order_loss(net, w_batch, a_batch, arch, xi):
 def search_step(net, arch, penalty, w_batch, a_batch, w_optimizer, a_optimizer, second_order=False):
     """A step on the weights w, then one on the parameters that made `arch` (DARTS, algorithm 1).
     arch: (2, E, O), differentiable in the parameters of a_optimizer; penalty: added to L_val;
-    batches: (x, y). Returns the losses. Departures from DARTS: w steps first, and so the second
-    order looks ahead from the w that has just stepped, by one more step on the same w_batch."""
+    batches: (x, y). Returns the losses. Departures from DARTS: w steps first, so w'
+    of the second order is one further step, on the same w_batch."""
     (x, y), (x_val, y_val) = w_batch, a_batch
     train_loss = F.cross_entropy(net(x, arch.detach()), y)
     w_optimizer.zero_grad()
@@ -250,10 +251,10 @@ def search_step(net, arch, penalty, w_batch, a_batch, w_optimizer, a_optimizer, 
     (loss + penalty).backward(inputs=a_optimizer.param_groups[0]["params"])
     net.requires_grad_(True)
     a_optimizer.step()
-    return {"train": train_loss, "validation": loss, "penalty": torch.as_tensor(penalty)}
+    return {"train": train_loss, "validation": loss, "penalty": penalty}
 
 def search(name, net, architecture, rate, steps, propose, data, args, second_order=False):
-    """The loop of both searches: `search_step` on a batch of either split.
+    """The loop of both searches: `search_step` on a batch of train and one of validation.
     architecture: the module whose parameters give alpha; propose(step): (arch, penalty),
     differentiable in them. Departures from DARTS: Adam's rate falls, too; it has no weight decay.
     """
@@ -277,8 +278,9 @@ def base_search(name, data, args):
     net = build((args.seed, name), data, args.search_channels, cells=2)  # a cell of either kind
     alpha = 1e-3 * torch.randn(2, len(EDGES), len(NAMES), generator=rng(args.seed, name))
     architecture = nn.ParameterDict({"alpha": alpha})
-    search(name, net, architecture, args.alpha_lr, args.base_steps,
-           lambda step: (architecture["alpha"].softmax(dim=-1), 0.0), data, args, args.second_order)
+    propose = lambda step: (architecture["alpha"].softmax(dim=-1), torch.zeros(()))
+    search(name, net, architecture, args.alpha_lr, args.base_steps, propose, data, args,
+           args.second_order)
     return net, architecture["alpha"].detach().softmax(dim=-1)
 
 # ---- 4. The Jensen-Shannon divergence and the hypernetwork ---------------------------------------
@@ -295,7 +297,7 @@ def jensen_shannon(p, q):
     """JSd(p, q) = 1/2 KL(p || m) + 1/2 KL(q || m), m = (p + q) / 2, over the last dimension, nats.
 
     p, q: distributions (..., O), broadcast; zeros are allowed. Returns (...), 0 <= JSd <= ln 2.
-    The paper, section 1. KL(m || p), a common slip, is another divergence, without a bound.
+    From the paper, section 1. With KL(m || p), a common slip, it would have no upper bound.
     """
     tiny = torch.finfo(p.dtype).tiny
     m = (p + q) / 2
@@ -311,15 +313,16 @@ def divergence(arch, base):
     """
     none = lambda a: torch.cat([a, 1 - a.sum(dim=-1, keepdim=True)], dim=-1)  # (..., 2, E, O + 1)
     per_edge = jensen_shannon(none(arch), none(base)) * base.sum(dim=-1)
-    return per_edge.flatten(1 - base.dim()).sum(dim=-1) / base.sum()
+    return per_edge.sum(dim=(-2, -1)) / base.sum()
 
 def straight_through(value, p):
     """value + p - stop_gradient(p): `value` forward, the gradient of p backward (as in GDAS).
 
     Reading a finished arch off p has no gradient. Two forms give it that of p:
-        straight_through(arch, p)      at every entry, for the share. With a gradient at arch's own
-                                       entries only, a base entry that leaves could not return.
-        arch * straight_through(1, p)  at arch's own, for L_val: what does not run has no gradient.
+        straight_through(arch, p)      at every entry: for the share, since else a base entry that
+                                       has left would get no gradient, and could not return
+        arch * straight_through(1, p)  at the entries of arch alone: for L_val, so that operations
+                                       which are not in arch need not run
     """
     return value + p - p.detach()
 
@@ -329,9 +332,9 @@ def diversity_loss(arch, p, base, lam, strength=30.0):
     share = 1 - sum(base * arch) / sum(base) = divergence(arch, base) / ln 2, straight through: its
     gradient in p is a constant at every entry of the base (JSd's own is infinite there).
     arch = discretise(p); p (..., 2, E, O); base (2, E, O), 0/1; lam (...). Returns (...).
-    Change this term or the next? Choose a new --out: a folder's hyper.pt is not trained again.
     Departure from the paper, whose term is below. Its authors' later code (intsystems/
     2023-Project-120) has a square, too: of lambda less the number of common edges, relaxed.
+    After a change to either term choose a new --out: a folder's hyper.pt is not trained again.
     """
     kept = (base * straight_through(arch, p)).flatten(-base.dim()).sum(dim=-1)
     return strength * (1 - kept / base.sum() - lam) ** 2
@@ -382,7 +385,8 @@ DRAWS = 16       # lambdas of a step: the network runs at the first, diversity i
 OVERSHOOT = 0.1  # lambda is drawn from a range this much longer at both ends, and then clamped
 
 def draw_lambdas(count, lambda_max, generator):
-    """Lambdas to train at. Without the overshoot the end pivots would be trained less often."""
+    """Lambdas to train at. The overshoot has the end pivots trained as often as the others; without
+    it no difference was measurable."""
     u = torch.rand(count, generator=generator)
     return lambda_max * ((1 + 2 * OVERSHOOT) * u - OVERSHOOT).clamp(0, 1)
 
@@ -396,11 +400,11 @@ def train_hypernetwork(net, base_p, data, args):
 
     net: the supernet, warm from the base search; base_p: (2, E, O), softmax(alpha) of that search.
     Returns the HyperNetwork. Departures: all pivots start at the base; a step runs one finished
-    architecture, like those that will be sampled; the diversity of 15 more reduces the variance.
+    architecture, like those that will be sampled; the square is averaged over 15 more lambdas.
     """
     base, paper = discretise(base_p), args.objective == "paper"
-    # The paper's term grows on either side of alpha*: as an edge leaves the base's operation, and
-    # as that becomes more probable than in alpha*. A start softer than alpha* leads to the first.
+    # The paper's term grows as the base's operation becomes less probable than in alpha*, but also
+    # as it becomes more so. From a start softer than alpha* it becomes less.
     hyper = HyperNetwork(smooth(base_p, 0.3 if paper else TAU).log(), args.pivots, args.lambda_max)
 
     def propose(step):
@@ -419,8 +423,8 @@ def train_hypernetwork(net, base_p, data, args):
 
 # ---- 5. Sampling, and the lambda response: is lambda a dial? -------------------------------------
 def sample_lambdas(count, lambda_max=1.0):
-    """lambda_i = lambda_max * frac(i * golden ratio): spread evenly over [0, lambda_max).
-    A larger count keeps the first ones, so their networks stay. The paper draws them at random."""
+    """lambda_i = lambda_max * frac(i * .618...), the golden ratio less 1: spread evenly. A larger
+    count keeps the first ones, so their networks stay. The paper draws them at random."""
     return [lambda_max * (i * (math.sqrt(5) - 1) / 2 % 1) for i in range(count)]
 
 def sample(hyper, lambdas):
@@ -430,9 +434,9 @@ def sample(hyper, lambdas):
 def lambda_response(hyper, base_p, lambdas=None):
     """What `sample` gives at each lambda, by default at eleven from 0 to lambda_max, for JSON.
 
-    points: the genotype; entries, how many are the base's; share, of those that are not,
-    `divergence` / ln 2. dial_error: mean |share - lambda|, ideally 0; with whole entries at least
-    .014 at eleven. Where lambda_max is above 1, as the paper's may be, lambda / lambda_max counts.
+    Of each point: the genotype; entries, how many are the base's; share, 1 - entries / 16, which is
+    `divergence` / ln 2. dial_error: the mean of |share - lambda|, at best .014 at eleven lambdas,
+    since entries are whole; of lambda / lambda_max where that is above 1, as the paper's may be.
     """
     base, lambda_max = discretise(base_p), hyper.pivots[-1].item()
     lambdas = torch.linspace(0, lambda_max, 11).tolist() if lambdas is None else lambdas
@@ -442,8 +446,8 @@ def lambda_response(hyper, base_p, lambdas=None):
     errors = [abs(point["share"] - point["lambda"] / max(1, lambda_max)) for point in points]
     return {"points": points, "dial_error": sum(errors) / len(errors)}
 
-# How many of the base's 16 entries a random architecture has: 1.5. In both cells it draws each of
-# the base's two inputs of node n with probability 2 / (n + 2), and its operation with 1 / O.
+# How many of the base's 16 entries a random architecture has: 1.5. It has each of the base's two
+# inputs of node n, in two cells, with probability 2 / (n + 2), and then the operation with 1 / O.
 CHANCE_ENTRIES = sum(2 * 2 * 2 / (node + 2) / len(NAMES) for node in range(NODES))
 
 # ---- 6. Members, trained from scratch; and one shot, with weights that all share -----------------
@@ -573,8 +577,8 @@ def ensemble_metrics(probs, labels):
             "predictive_jsd": (entropy(p) - entropy(probs).mean()).item()}
 
 def forward_selection(probs, labels, count):
-    """Indices of `count` of a pool, each of which lowers the NLL most, as in NES-RS (Zaidi et al.,
-    2021). probs: (P, N, Y); labels: (N,)."""
+    """Choose `count` networks of a pool, one by one: each time the one that lowers the ensemble's
+    NLL most, as in NES-RS (Zaidi et al., 2021). probs: (P, N, Y); labels: (N,). Returns indices."""
     chosen = []
     for _ in range(count):
         rest = [i for i in range(len(probs)) if i not in chosen]
@@ -588,13 +592,14 @@ def random_architecture(*key):
 
 def perturb(base, member, *key):
     """The base with as many entries changed at random as `member` has: the control for the dial.
-    It keeps as many of the base's inputs as member does, and as many of its operations there."""
+    It keeps as many of the base's inputs as member does, and as many of its operations there. So
+    random architectures, which the base biases, are drawn until one has these two numbers."""
     inputs = lambda arch: (arch.sum(dim=-1) * base.sum(dim=-1)).sum(dim=(-2, -1))
     entries = lambda arch: matched_entries(arch, base)
     generator = rng(*key)
     draw = lambda O: torch.rand(1000, 2, len(EDGES), O, generator=generator)
     in_base = base.sum(dim=-1, keepdim=True) > 0                                  # (2, E, 1)
-    while True:  # a thousand random architectures, biased by the base; perhaps one fits
+    while True:  # a thousand at a time
         kept = in_base & (draw(1) < inputs(member) / ENTRIES)                     # (1000, 2, E, 1)
         dropped = in_base & ~kept
         same_operation = kept & (draw(1) < entries(member) / inputs(member))
@@ -716,8 +721,8 @@ def read_torchvision(dataset_class, root):
     return *parts, part.classes
 
 def read_image(path, shape):
-    """An image file as uint8, resized to `shape`, (C, H, W) with one channel for grey; as a viewer
-    shows it: turned as the file says, and white where it is transparent. Raises NesError."""
+    """An image file as uint8, resized to `shape`, (C, H, W) with one channel for grey; rotated as
+    its EXIF tag says, and white where it is transparent. Raises NesError."""
     try:
         image = Image.open(path)
         image.load()
@@ -1137,7 +1142,7 @@ def run(args, is_worker=False):
     base = discretise(base_p)
     hyper = train_hypernetwork(net, base_p, data, args)
     if RANK == 0:
-        barrier()
+        barrier()  # lets the others begin
     response = lambda_response(hyper, base_p)
     print_table(response["points"], ["lambda", "entries"])
     say(f"\ndial error, the mean of |share that differs - lambda|: {response['dial_error']:.4f}")
@@ -1150,12 +1155,12 @@ def run(args, is_worker=False):
     barrier()
 
 def plan(base, hyper, data, args):
-    """The networks to make, as rows: ours first, one shot last. A row is given its network's file,
-    then metrics: in the end the rows are ledger.csv. searches: what else the method needs."""
+    """The networks to make, a row each: ours first, one shot last. `score` adds files and metrics,
+    which makes them ledger.csv. searches: the searches and shared weights that the method needs."""
     lambdas = {"ours": sample_lambdas(args.samples, args.lambda_max),
                "one-shot": sample_lambdas(args.one_shots, args.shared_part * args.lambda_max)}
     ours, shots = (sample(hyper, some) for some in lambdas.values())
-    shared = ["shared"] * (args.shared_epochs > 0)
+    shared = ["shared"] if args.shared_epochs else []
     methods = {"ours": (["base", "hyper"], ours)}
     methods |= {method: BASELINES[method](base, ours, data, args) for method in args.baselines}
     methods |= {"one-shot": (["base", "hyper", *shared], shots)}
@@ -1169,8 +1174,8 @@ def plan(base, hyper, data, args):
 
 def make_networks(rows, net, hyper, data, args):
     """Make the rows' networks, each rank its part. The first rank makes all that are in one shot; a
-    member goes to the rank with the fewest epochs so far; one that methods share is made once. net:
-    the search's supernet, whose weights serve in one shot where --shared-epochs is 0."""
+    member goes to the rank with the fewest epochs so far; one of several methods is trained once.
+    net: the search's supernet, whose weights serve in one shot where --shared-epochs is 0."""
     missing = lambda row: not file_of(row["name"], args).exists()
     if RANK == 0:
         shared = train_shared("shared", hyper, data, args) if args.shared_epochs else net
