@@ -207,7 +207,7 @@ def score_rows(folder, kind, rows, data, args):
 # column -> (title, scale, digits)
 SCORES = {"accuracy": ("accuracy, %", 100, 2), "nll": ("NLL", 1, 4),
           "nll_tempered": ("NLL, tempered", 1, 4), "ece": ("ECE", 1, 4), "brier": ("Brier", 1, 4)}
-COMPARED = {key: SCORES[key] for key in ("accuracy", "nll", "nll_tempered", "ece")}
+COMPARED = {key: SCORES[key] for key in ("accuracy", "nll", "nll_tempered")}
 COST = {"cost": ("cost, with searches", 1, 1), "networks": ("networks to run", 1, 1)}
 SIZED = {"multiplications": ("multiplications for an image, millions", 1e-6, 1),
          "parameters": ("parameters, thousands", 1e-3, 0), "temperature": ("temperature", 1, 2),
@@ -456,30 +456,33 @@ def tables():
     shown = {
         "twins": twins and score_table(twin_lines(twins), TWIN),
         "twins, compared": twins and compared_table(twin_lines(twins), TWIN_QUESTIONS, TWIN),
-        "seed held": twins and scores and compared_table(
-            held, [(HELD, OURS)], report.known(held, report.COLUMNS | GAIN)),
         "response": shots and twins and response_table(shots, trained),
         "CIFAR-10": abroad and score_table(abroad, report.COLUMNS),
-        "CIFAR-10, compared": abroad and compared_table(abroad, CIFAR_QUESTIONS, report.COLUMNS),
+        "CIFAR-10, compared": abroad and compared_table(abroad, CIFAR_QUESTIONS, {
+            key: report.COLUMNS[key] for key in ("accuracy", "nll", "disagreement")}),
         "augmented": ONE in points and compared_table(points, REGULARISED, SCORES),
         "few": few and score_table(fewer, FEW),
         "few, compared": few and compared_table(fewer, FEW_QUESTIONS, FEW),
         "when": when and score_table(lines_of(when, "alone"), WHEN, first="epochs together"),
         "scores": scores and score_table(best, SCORES | COST),
         "scores, compared": scores and compared_table(points, QUESTIONS, COMPARED),
-        "other searches": others and score_table(
-            {method: others[method] for method in SEARCHES}, report.COLUMNS, "deep"),
         "dial": dial and dial_table(
             [row for row in dial if row["run"] in ("fmnist", "cifar10", "dial-paper")]),
-        "control, compared": controls and score_table(controls, CONTROL, "with L_val"),
+        "control, compared": controls and score_table(
+            {kind: seeds for kind, seeds in controls.items() if kind != "changed at random"},
+            CONTROL, "with L_val"),
         "elsewhere, compared": there and score_table(there, ELSEWHERE_COMPARED, "five deep"),
         "ingredients": without and score_table(without, ABLATION)}
     more = {
+        "seed held": twins and scores and compared_table(
+            held, [(HELD, OURS)], report.known(held, report.COLUMNS | GAIN)),
+        "other searches": others and score_table(
+            {method: others[method] for method in SEARCHES}, report.COLUMNS, "deep"),
         "sizes": sizes and score_table(lines_of(sizes, "networks"), SIZES, first="networks"),
         "dial, other steps": dial and dial_table(
             [row for row in dial if row["run"] in ("dial-half", "dial-twice")]),
-        "control, dial error": controls and score_table(controls, DIAL_ERROR, "with L_val"),
-        "scores of longer training, compared": scores and compared_table(points, LONGER, SCORES),
+        "control, all": controls and score_table(controls, DIAL_ERROR | CONTROL, "with L_val"),
+        "scores, compared in all": scores and compared_table(points, QUESTIONS + LONGER, SCORES),
         "sizes of networks": scores and score_table(points, SIZED),
         "sizes of networks, compared": scores and compared_table(points, [
             (OURS, DEEP), (OURS, RANDOM), (DEEP, RANDOM)], SIZED | SCORES),
