@@ -462,7 +462,8 @@ def tables():
             key: report.COLUMNS[key] for key in ("accuracy", "nll", "disagreement")}),
         "augmented": ONE in points and compared_table(points, REGULARISED, SCORES),
         "few": few and score_table(fewer, FEW),
-        "few, compared": few and compared_table(fewer, FEW_QUESTIONS, FEW),
+        "few, compared": few and compared_table(fewer, FEW_QUESTIONS, {
+            key: FEW[key] for key in FEW if key != "train_loss"}),
         "when": when and score_table(lines_of(when, "alone"), WHEN, first="epochs together"),
         "scores": scores and score_table(best, SCORES | COST),
         "scores, compared": scores and compared_table(points, QUESTIONS, COMPARED),
