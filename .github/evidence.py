@@ -480,6 +480,8 @@ def tables():
         "other searches": others and score_table(
             {method: others[method] for method in SEARCHES}, report.COLUMNS, "deep"),
         "sizes": sizes and score_table(lines_of(sizes, "networks"), SIZES, first="networks"),
+        "sizes, compared": sizes and compared_table(
+            lines_of(sizes, "networks"), [("20", "5")], SIZES),
         "dial, other steps": dial and dial_table(
             [row for row in dial if row["run"] in ("dial-half", "dial-twice")]),
         "control, all": controls and score_table(controls, DIAL_ERROR | CONTROL, "with L_val"),
