@@ -385,8 +385,8 @@ DRAWS = 16       # lambdas of a step: the network runs at the first, diversity i
 OVERSHOOT = 0.1  # lambda is drawn from a range this much longer at both ends, and then clamped
 
 def draw_lambdas(count, lambda_max, generator):
-    """Lambdas to train at. The overshoot has the end pivots trained as often as the others; without
-    it no difference was measurable."""
+    """Lambdas to train at. The overshoot has the end pivots trained as often as the others; leaving
+    it out changed nothing measurably."""
     u = torch.rand(count, generator=generator)
     return lambda_max * ((1 + 2 * OVERSHOOT) * u - OVERSHOOT).clamp(0, 1)
 
@@ -403,8 +403,8 @@ def train_hypernetwork(net, base_p, data, args):
     architecture, like those that will be sampled; the square is averaged over 15 more lambdas.
     """
     base, paper = discretise(base_p), args.objective == "paper"
-    # The paper's term grows as the base's operation becomes less probable than in alpha*, but also
-    # as it becomes more so. From a start softer than alpha* it becomes less.
+    # The paper's JSd grows as the base's operation becomes less probable than in alpha*, but also
+    # as it becomes more so. From a start softer than alpha* it becomes less probable.
     hyper = HyperNetwork(smooth(base_p, 0.3 if paper else TAU).log(), args.pivots, args.lambda_max)
 
     def propose(step):
@@ -436,7 +436,7 @@ def lambda_response(hyper, base_p, lambdas=None):
 
     Of each point: the genotype; entries, how many are the base's; share, 1 - entries / 16, which is
     `divergence` / ln 2. dial_error: the mean of |share - lambda|, at best .014 at eleven lambdas,
-    since entries are whole; of lambda / lambda_max where that is above 1, as the paper's may be.
+    since entries are whole. It divides lambda by a lambda_max above 1, as the paper's may be.
     """
     base, lambda_max = discretise(base_p), hyper.pivots[-1].item()
     lambdas = torch.linspace(0, lambda_max, 11).tolist() if lambdas is None else lambdas
@@ -484,7 +484,7 @@ def network_state(net, data):
                     "mean": data.mean.cpu(), "std": data.std.cpu(), "shape": data.shape}
 
 def fingerprint(arch):
-    """Eight letters that name an architecture."""
+    """Eight hexadecimal digits that name an architecture."""
     return hashlib.sha256(json.dumps(genotype(arch)).encode()).hexdigest()[:8]
 
 def train_member(name, arch, index, data, args):
@@ -498,7 +498,7 @@ def train_member(name, arch, index, data, args):
 def train_shared(name, hyper, data, args):
     """Train one supernet of the members' size, by their recipe, at a fresh lambda each step: the
     search's own is smaller, and was trained while the dial still changed. Only part of the dial is
-    used: the fewer architectures share the weights, the better for each."""
+    used: its members are better than those of the whole."""
     key, top = (args.seed, name), args.shared_part * args.lambda_max
     net = build(key, data, args.channels, args.cells, affine=True)
     progress = train(name, net, args.shared_epochs, key, data, args, lambda step: sample(
@@ -976,8 +976,8 @@ class Progress:
             print(f"{name}: resumes after step {self.done} of {steps}")
 
     def log(self, step, **losses):
-        """Call it at the end of each step, counted from 0. Every 100 steps, or every fifteenth of
-        fewer than 1,500, it prints the losses' means as a row and writes a checkpoint."""
+        """Call it at the end of each step, counted from 0. Every 100 steps, or some fifteen times
+        in fewer than 1,500, it prints the losses' means as a row and writes a checkpoint."""
         done = step + 1
         self.sums = {key: self.sums.get(key, 0) + loss.detach() for key, loss in losses.items()}
         if done % max(1, min(100, self.steps // 15)) and done < self.steps:
@@ -1118,7 +1118,7 @@ def save_pictures(results, one_shots, labels, args):
 # ---- 13. The run ---------------------------------------------------------------------------------
 # A run is one process or several, ranks of this program. They share nothing but files and a
 # barrier: the first searches, then each trains its part of the networks. Results do not depend on
-# their number, if the search has as many threads (torchrun sets OMP_NUM_THREADS=1).
+# how many there are, if the search has the same threads (torchrun sets OMP_NUM_THREADS=1).
 RANK, WORLD = 0, 1      # the number of this process, from 0, and how many there are
 barrier = lambda: None  # waits until all of them have called it
 

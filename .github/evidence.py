@@ -60,7 +60,7 @@ def lines_of(rows, *keys):
 
 TWINS = {"nothing": "nothing", "weight": "one weight by 1e-6", "entry": "one entry",
          "sixteen": "all sixteen entries", "init": "the initial weights",
-         "order": "the order of batches", "both": "a new seed: both",
+         "order": "the order of batches", "both": "a new seed: both of these",
          "both-sixteen": "a new seed and all sixteen entries"}
 GAIN = {"gain": ("NLL, less the members' mean", 1, 4)}
 TWIN = {"disagreement": ("disagree, %", 100, 2), "accuracy": ("accuracy of the pair, %", 100, 2),
@@ -137,15 +137,15 @@ def plot_finding(dial, shots, twins, path):
         axis.plot([float(row["lambda"]) for row in rows], [scale * float(row[key]) for row in rows],
                   ".", color=color, alpha=0.4)
     entries = [{"lambda": t, "entries": row[t]} for row in dial for t in TENTHS]
-    curve(left, entries, 1, "entries", "tab:blue", "hypernetwork")
+    curve(left, entries, 1, "entries", "tab:blue", "ours (dots: five seeds)")
     left.plot([0, 1], [nes.ENTRIES, 0], ":", color="grey", label="ideal: 16 (1 - lambda)")
     left.set(xlabel="lambda", ylabel="entries of 16 that are the base's", ylim=(0, None),
              title="Lambda is a dial of architectures ...")
     curve(right, shots, 100, "disagreement", "tab:orange", "in one shot: weights shared")
     curve(right, level["dial",], 100, "disagreement", "tab:blue", "trained, the seed held")
     right.plot(0, 0, "o", color="tab:blue", mfc="none", label="the network at lambda = 0 itself")
-    for change, style, label in (("both", "--", "lambda = 0, another seed"),
-                                 ("weight", ":", "lambda = 0, one weight moved by 1e-6")):
+    for change, style, label in (("both", "--", "the base, another seed"),
+                                 ("weight", ":", "the base, one weight moved by 1e-6")):
         right.axhline(percent(level[change,]), ls=style, color="grey", label=label)
     right.set(xlabel="lambda", ylabel="test images predicted differently\nthan at lambda = 0, %",
               ylim=(0, None), title="... of predictions only where weights are shared")
