@@ -89,7 +89,7 @@ def genotype(arch):
 
 def matched_entries(arch, base):
     """How many entries of finished architectures (..., 2, E, O) are the base's (2, E, O)."""
-    return (arch * base).sum(dim=(-3, -2, -1)).long()
+    return (arch * base).flatten(-base.dim()).sum(dim=-1).long()
 
 # ---- 2. The DARTS cell and the network -----------------------------------------------------------
 class FactorizedReduce(nn.Module):
@@ -313,7 +313,7 @@ def divergence(arch, base):
     """
     none = lambda a: torch.cat([a, 1 - a.sum(dim=-1, keepdim=True)], dim=-1)  # (..., 2, E, O + 1)
     per_edge = jensen_shannon(none(arch), none(base)) * base.sum(dim=-1)
-    return per_edge.sum(dim=(-2, -1)) / base.sum()
+    return per_edge.flatten(1 - base.dim()).sum(dim=-1) / base.sum()
 
 def straight_through(value, p):
     """value + p - stop_gradient(p): `value` forward, the gradient of p backward (as in GDAS).
@@ -331,7 +331,8 @@ def diversity_loss(arch, p, base, lam, strength=30.0):
 
     share = 1 - sum(base * arch) / sum(base) = divergence(arch, base) / ln 2, straight through: its
     gradient in p is a constant at every entry of the base (JSd's own is infinite there).
-    arch = discretise(p); p (..., 2, E, O); base (2, E, O), 0/1; lam (...). Returns (...).
+    arch = discretise(p); p (..., 2, E, O); base (2, E, O), 0/1; lam (...). Returns (...). Lifted
+    out, this and `divergence` work for a base of any dimensions.
     Departure from the paper, whose term is below. Its authors' later code (intsystems/
     2023-Project-120) has a square, too: of lambda less the number of common edges, relaxed.
     After a change to either term choose a new --out: a folder's hyper.pt is not trained again.
