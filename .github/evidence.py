@@ -234,11 +234,12 @@ def compared_table(points, pairs, columns):
 DEEP, OURS, RANDOM = "five deep, 25", "five of ours, 25", "five random, 25"  # epochs
 FIRST = "base in one shot, 12"
 QUESTIONS = [(OURS, DEEP), (OURS, "five perturbed, 25"), (OURS, RANDOM),
-             (OURS, "one wide network, 6"), (DEEP, "one network, 20"),
-             ("two deep, 10", "one network, 12"), ("one shot of 20, 12", "one network, 12"),
-             ("one shot of 20, 12", "two deep, 10"), (FIRST, "one network, 12")]
-LONGER = [("one shot of 20, 12", FIRST), ("one network, 20", "one network, 12"), *(
-    (f"one shot of 20, {epochs}", f"one network, {epochs}") for epochs in (5, 20))]
+             (OURS, "one wide network, 6"), ("two deep, 10", "one network, 12"),
+             ("one shot of 20, 12", "one network, 12"), ("one shot of 20, 12", "two deep, 10"),
+             (FIRST, "one network, 12")]
+LONGER = [(DEEP, "one network, 20"), ("one shot of 20, 12", FIRST),
+          ("one network, 20", "one network, 12"), *(
+              (f"one shot of 20, {epochs}", f"one network, {epochs}") for epochs in (5, 20))]
 ONE, SHOT_12 = "one network, augmented, 12", "one shot of 20, augmented, 12"
 REGULARISED = [(SHOT_12, ONE), (ONE, "one network, 12"), (ONE, "one shot of 20, 12")]
 CIFAR_QUESTIONS = [("ours", "deep"), ("ours", "perturbed"), ("deep", "single"),
@@ -471,7 +472,8 @@ def tables():
             {kind: seeds for kind, seeds in controls.items() if kind != "changed at random"},
             CONTROL, "with L_val"),
         "elsewhere, compared": there and score_table(there, ELSEWHERE_COMPARED, "five deep"),
-        "ingredients": without and score_table(without, ABLATION)}
+        "ingredients": without and score_table({variant: without[variant] for variant in (
+            "default", "soft", "edges", "mixture", "no L_val")}, ABLATION)}
     more = {
         "twins, compared in all": twins and compared_table(
             twin_lines(twins), TWIN_QUESTIONS, TWIN),
@@ -492,6 +494,7 @@ def tables():
         "elsewhere": there and score_table(there, ELSEWHERE),
         "elsewhere, ours": there and compared_table(there, [
             ("five of ours", other) for other in ("five perturbed", "five random")], ELSEWHERE),
+        "ingredients, all": without and score_table(without, ABLATION),
         "ingredients, compared": without and score_table(without, ABLATION, "default"),
         "members, compared": fmnist and compared_table(
             report.read_runs(fmnist), [("deep", "random"), ("ours", "random")], MEMBER),
