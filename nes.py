@@ -234,8 +234,8 @@ def second_order_loss(net, w_batch, a_batch, arch, xi):
 def search_step(net, arch, penalty, w_batch, a_batch, w_optimizer, a_optimizer, second_order=False):
     """A step on the weights w, then one on the parameters that made `arch` (DARTS, algorithm 1).
     arch: (2, E, O), differentiable in the parameters of a_optimizer; penalty: added to L_val;
-    batches: (x, y). Returns the losses. Departures from DARTS: w steps first, so w'
-    of the second order is one further step, on the same w_batch."""
+    batches: (x, y). Returns the losses. Departures from DARTS: w steps first, so the w' of the
+    second order is one further step, on the same w_batch."""
     (x, y), (x_val, y_val) = w_batch, a_batch
     train_loss = F.cross_entropy(net(x, arch.detach()), y)
     w_optimizer.zero_grad()

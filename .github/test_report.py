@@ -214,6 +214,24 @@ def test_shots_by_hand(tmp_path):
     assert [row["accuracy"] for row in sizes[:2]] == [1, 1]             # together .6 of the truth
     assert sizes[1]["nll"] == pytest.approx(-0.75 * math.log(0.9) - 0.25 * math.log(0.6))
 
+def test_the_response_and_what_averaging_gains_by_hand(tmp_path):
+    shots = [{"seed": seed, "lambda": lam, "disagreement": share, "gained": -share}
+             for seed, lam, share in ((0, 0.0, 0.0), (0, 0.236, 0.02), (1, 0.236, 0.04))]
+    trained = [{"seed": 0, "lambda": 0.236, "disagreement": 0.05}]
+    text = evidence.response_table(shots, trained)
+    # -3 +- 12.706 * 1.414 / sqrt(2)
+    assert "| 0.24 | 3.00 +- 1.41 | -3.00 [-15.71, +9.71] | 5.00 |" in text
+    report.write(tmp_path / "ours.csv", [
+        {"method": method, "file": file, "nll": nll} for method, file, nll in (
+            ("ours", "a.pt", 0.3), ("ours", "b.pt", 0.5), ("ours", "", 0.25), ("deep", "c.pt", 9))])
+    assert evidence.gains(tmp_path / "ours.csv") == pytest.approx(0.25 - 0.4)
+
+def test_pairs_of_lines_are_compared_on_the_seeds_that_both_have():
+    lines = {"a": {"0": {"nll": 1}, "1": {"nll": 5}}, "b": {"1": {"nll": 2}},
+             "c": {"2": {"nll": 9}}}
+    text = evidence.compared_table(lines, [("a", "b"), ("a", "c")], {"nll": ("NLL", 1, 1)})
+    assert text.splitlines()[2:] == ["| a - b | +3.0 |"]
+
 def test_an_ECE_that_chance_alone_gives():
     # 400 coins of .5: of those drawn half are heads, with deviation .025; its mean size is that
     # times sqrt(2 / pi)

@@ -11,7 +11,6 @@ import sys
 
 import torch
 
-import evidence
 from evidence import nes
 from twins import add, setup
 
