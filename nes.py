@@ -6,9 +6,9 @@
 Results go to the run folder, --out. Repeat a command that was stopped, and it resumes.
 
 "Differentiable algorithm for searching ensembles of deep learning models with diversity control"
-(Yakovlev, Bakhteev, Petrushina, Babkin):
+(Yakovlev, Bakhteev, Petrushina, Babkin), with its objective corrected:
 
-  1  base: DARTS finds it              min_alpha L_val(w*, alpha), w* = argmin_w L_train(w, alpha)
+  1  base: by a short DARTS search     min_alpha L_val(w*, alpha), w* = argmin_w L_train(w, alpha)
   2  hypernetwork: it learns a dial, lambda -> alpha(lambda), from the base at 0 to an architecture
      with hardly any of it at 1        min_a E_lambda [L_val(w*, arch) + c (share(arch) - lambda)^2]
      arch: the finished architecture read off alpha(lambda), which the table a makes; share(arch):
@@ -274,7 +274,8 @@ def search(name, net, architecture, rate, steps, propose, data, args, second_ord
 
 def base_search(name, data, args):
     """Step 1 of the method: DARTS trains a supernet and alpha; returns it and softmax(alpha).
-    The default, 150 steps, is .36 of an epoch on Fashion-MNIST: a base, hardly an optimum."""
+    The default, 150 steps, is .36 of an epoch on Fashion-MNIST: a base, hardly an optimum. In a
+    trial 600 were not measurably better (results.md, section 4)."""
     net = build((args.seed, name), data, args.search_channels, cells=2)  # a cell of either kind
     alpha = 1e-3 * torch.randn(2, len(EDGES), len(NAMES), generator=rng(args.seed, name))
     architecture = nn.ParameterDict({"alpha": alpha})
@@ -405,7 +406,7 @@ def train_hypernetwork(net, base_p, data, args):
     """
     base, paper = discretise(base_p), args.objective == "paper"
     # The paper's JSd grows as the base's operation becomes less probable than in alpha*, but also
-    # as it becomes more so. From a start softer than alpha* it becomes less probable.
+    # as it becomes more probable. From a start softer than alpha* it becomes less probable.
     hyper = HyperNetwork(smooth(base_p, 0.3 if paper else TAU).log(), args.pivots, args.lambda_max)
 
     def propose(step):
@@ -929,7 +930,7 @@ def load(path, missing=""):
     except OSError as error:
         fail(f"cannot read {path} ({error.strerror}): check the path and its permissions")
     except Exception as error:  # a damaged zip, pickle or JSON file raises almost anything
-        fail(f"{path} is damaged, or not by this version of nes.py ({type(error).__name__}): if a "
+        fail(f"{path} is damaged, or of another version of nes.py ({type(error).__name__}): if a "
              "run wrote it, delete it and repeat the command")
 
 def file_of(name, args):
@@ -1175,7 +1176,7 @@ def plan(base, hyper, data, args):
 
 def make_networks(rows, net, hyper, data, args):
     """Make the rows' networks, each rank its part. The first rank makes all that are in one shot; a
-    member goes to the rank with the fewest epochs so far; one of several methods is trained once.
+    member goes to the rank with the fewest epochs so far; one that methods share is trained once.
     net: the search's supernet, whose weights serve in one shot where --shared-epochs is 0."""
     missing = lambda row: not file_of(row["name"], args).exists()
     if RANK == 0:

@@ -232,6 +232,14 @@ def test_pairs_of_lines_are_compared_on_the_seeds_that_both_have():
     text = evidence.compared_table(lines, [("a", "b"), ("a", "c")], {"nll": ("NLL", 1, 1)})
     assert text.splitlines()[2:] == ["| a - b | +3.0 |"]
 
+def test_a_longer_search_is_compared_with_a_random_architecture_of_its_seed():
+    scores = {(5, "600-200-0.03"): 0.9, (5, "random-0"): 0.8, (5, "150-0-0.01"): 0.1,
+              (9, "600-200-0.03"): 0.7, (9, "random-0"): 0.75, (10, "random-0"): 0.2}
+    text = evidence.trial_table([{"seed": seed, "which": which, "accuracy": accuracy}
+                                 for (seed, which), accuracy in scores.items()])
+    nine, fresh = text.splitlines()[2:]
+    assert nine.startswith("| all nine | +2.50 [") and fresh == "| the five fresh ones | -5.00 |"
+
 def test_an_ECE_that_chance_alone_gives():
     # 400 coins of .5: of those drawn half are heads, with deviation .025; its mean size is that
     # times sqrt(2 / pi)
