@@ -14,7 +14,7 @@ DIR, CIFAR: as for evidence.sh. Writes beside itself:
     ledger/control.csv      the dial with L_val, without it, and changes at random
     ledger/dial.csv         matched entries against lambda, of each search
     ledger/ablation.csv     the same with an ingredient left out, and accuracy in one shot
-twins.py writes twins.csv and calibration.csv, few.py few.csv, when.py when.csv.
+twins.py writes twins.csv and calibration.csv, few.py few.csv.
 """
 import argparse
 import itertools
@@ -63,6 +63,8 @@ TWINS = {"nothing": "nothing", "weight": "one weight by 1e-6", "entry": "one ent
          "sixteen": "all sixteen entries", "init": "the initial weights",
          "order": "the order of batches", "both": "a new seed: both of these",
          "both-sixteen": "a new seed and all sixteen entries"}
+# The order of batches is changed late: after so many epochs of the base's own
+LATE = {"order": "0", "late-800": "0.9", "late-1700": "2.0", "late-2500": "3.0", "late-3400": "4.0"}
 GAIN = {"gain": ("NLL, less the members' mean", 1, 4)}
 TWIN = {"disagreement": ("disagree, %", 100, 2), "accuracy": ("accuracy of the pair, %", 100, 2),
         **GAIN}
@@ -70,11 +72,11 @@ TWIN_QUESTIONS = [(TWINS[one], TWINS[other]) for one, other in (
     ("entry", "weight"), ("sixteen", "weight"), ("both", "weight"), ("sixteen", "both"),
     ("both-sixteen", "both"))]
 
-def twin_lines(rows):
+def twin_lines(rows, titles=TWINS):
     """What is changed -> seed -> row; where a seed has several draws, their mean."""
-    return {TWINS[change]: {seed: {key: mean(draws, key) for key in TWIN}
+    return {titles[change]: {seed: {key: mean(draws, key) for key in TWIN}
                             for (seed,), draws in by(same, "seed").items()}
-            for (change,), same in by(rows, "change").items() if change in TWINS}
+            for (change,), same in by(rows, "change").items() if change in titles}
 
 MEMBER = {"member_mean": ("a member's accuracy, %", 100, 2)}
 SIZES = {"accuracy": ("accuracy, %", 100, 2), "nll": ("NLL", 1, 4)}
@@ -273,14 +275,12 @@ def plot_compute(points, path):
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
-# ---- Few images, copies that part late, and how low an ECE can be --------------------------------
+# ---- Few images, and how low an ECE can be -------------------------------------------------------
 
 FEW = {"accuracy": ("accuracy, %", 100, 2), "nll": ("NLL", 1, 4),
        "disagreement": ("disagree, %", 100, 2), "train_loss": ("training loss", 1, 3)}
 FEW_QUESTIONS = [("five of ours", "five deep"), ("five random", "five deep"),
                  ("five deep", "one network")]
-WHEN = {"epochs": ("epochs in all", 1, 1), "disagreement": ("disagree, %", 100, 2),
-        "accuracy": ("accuracy, %", 100, 2), "nll": ("NLL", 1, 4)}
 FLOOR = {"ece": ("ECE", 1, 4), "floor": ("ECE, were it calibrated", 1, 4),
          "spread": ("deviation of that", 1, 4)}
 
@@ -440,14 +440,14 @@ def trial_table(trials):
 
 SAVED, SEARCHES = HERE / "ledger", ("deep", "ours", "nes-rs", "darts")
 FILES = ("scores", "elsewhere", "pairs", "control", "dial", "ablation", "shots", "sizes")
-OTHERS = ("twins", "few", "when", "calibration")  # of other scripts
+OTHERS = ("twins", "few", "calibration")  # of other scripts
 def tables():
     """title -> Markdown, of the saved CSV files that are there: a dict of those that results.md
     holds, and one of more, of which it has numbers in its prose."""
     fmnist, cifar = (sorted(SAVED.glob(f"{name}-?.csv")) for name in ("fmnist", "cifar10"))
     some = [path for path in fmnist if ("darts",) in by(read(path), "method")]
     others = report.read_runs(some) if some else {}
-    scores, elsewhere, pairs, control, dial, ablation, shots, sizes, twins, few, when, floor = (
+    scores, elsewhere, pairs, control, dial, ablation, shots, sizes, twins, few, floor = (
         read(SAVED / f"{name}.csv") for name in (*FILES, *OTHERS))
     trials = SAVED / "trials.jsonl"
     rows = map(json.loads, trials.read_text().splitlines()) if trials.exists() else []
@@ -458,6 +458,8 @@ def tables():
     common = set.intersection(*map(set, best.values())) if best else ()
     best = {title: {seed: seeds[seed] for seed in sorted(common)} for title, seeds in best.items()}
     trained = [row for row in twins if row["change"] == "dial"]
+    late = twin_lines(twins, LATE)
+    late = len(late) == len(LATE) and late
     held = {HELD: {row["seed"]: row for row in twins if row["change"] == "five of the dial"},
             OURS: {seed: row | {"gain": gains(SAVED / f"fmnist-{seed}.csv")}
                    for seed, row in points.get(OURS, {}).items()}}
@@ -478,7 +480,7 @@ def tables():
         "few": few and score_table(fewer, FEW),
         "few, compared": few and compared_table(fewer, FEW_QUESTIONS, {
             key: FEW[key] for key in FEW if key != "train_loss"}),
-        "when": when and score_table(lines_of(when, "alone"), WHEN, first="epochs together"),
+        "late": late and score_table(late, TWIN, first="epochs together"),
         "scores": scores and score_table(best, SCORES | COST),
         "scores, compared": scores and compared_table(points, QUESTIONS, COMPARED),
         "dial": dial and dial_table(

@@ -55,5 +55,4 @@ for seed in 0 1 2; do main $seed single deep perturbed random nes-rs darts; done
 python "$(dirname "$0")/evidence.py" "$out" "$cifar"
 python "$(dirname "$0")/twins.py" "$out" 0 1 2 3 4
 python "$(dirname "$0")/few.py" "$out" 1000 0 1 2 3 4
-python "$(dirname "$0")/when.py" "$out" 0 1 2
 python "$(dirname "$0")/evidence.py"  # tables and pictures of all of it

@@ -13,7 +13,6 @@ import ablation
 import evidence
 import few
 import twins
-import when
 from evidence import nes, report
 
 def write_run(folder, seed, scores, **settings):
@@ -157,7 +156,8 @@ def test_twins_differ_in_one_thing_each():
         "base": (16, True, True), "nothing": (16, True, True), "weight": (16, True, True),
         "entry-0": (15, True, True), "entry-1": (15, True, True), "sixteen": (0, True, True),
         "init": (16, False, True), "order": (16, True, False), "both": (16, False, False),
-        "both-sixteen": (0, False, False)}
+        "both-sixteen": (0, False, False),
+        **{f"late-{step}": (16, True, False) for step in twins.LATE}}
     assert found["dial-1"] == (dial[1], key, key) and "dial-0" not in found  # the base itself
     for n in (1, 4):
         some, more = (twins.changed(base, range(count), *key) for count in (n, n + 1))
@@ -264,19 +264,18 @@ def test_few_images_are_of_the_training_ones_and_of_a_seed():
     assert not images.equal(few.few(data, 50, 2).splits["both"][0])
     assert few.few(data, 50, 1).splits["test"] is data.splits["test"]
 
-def test_copies_go_on_from_the_checkpoint_where_they_part(tmp_path, monkeypatch):
+def test_late_twins_go_on_from_the_checkpoint_where_they_part(tmp_path, monkeypatch):
     args = nes.parse(["--dataset", "toy", "--channels", 2, "--epochs", 1, "--batch", 450,
                       "--device", "cpu", "--out", tmp_path])
-    monkeypatch.setattr(when, "STEPS", (0, 2))
+    monkeypatch.setattr(twins, "LATE", (2,))
     data, base = nes.load_data("toy"), nes.random_architecture(0)
-    when.keep_checkpoints(base, data, args)
-    for name, step in (("late-0", 2), ("late-1", 2), ("early", 0)):
-        when.train(name, step, base, (0, "when", name), data, args)
-    history = {name: nes.load_finished(name, args)["history"]
-               for name in ("base", "late-0", "late-1", "early")}
-    assert len(history["base"]) > 2 and history["late-0"][:2] == history["base"][:2]
-    assert history["late-1"][:2] == history["base"][:2] != history["early"][:2]
-    assert history["late-0"][2:] != history["late-1"][2:]
+    found = twins.twins(base, [base], 0)
+    names, history = ("base", "late-2", "order"), {}
+    for name in names:
+        twins.train(name, *found[name], data, args)
+        history[name] = nes.load_finished(name, args)["history"]
+    assert len(history["base"]) > 2 and history["late-2"][:2] == history["base"][:2]
+    assert history["order"][:2] != history["base"][:2] and history["late-2"] != history["base"]
 
 def test_uncertainty_by_hand():
     # of six pairs three are larger outside, one is equal

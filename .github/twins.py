@@ -6,10 +6,12 @@ their ensembles, how low an ECE can be, for ledger/calibration.csv.
 trains them for the seeds named, at the main command's settings, into DIR/twins-SEED; what is there
 is kept, and a run that was killed resumes. A row is an ensemble on test: the base's network and its
 twin, or the dial's five members with the seed held. gain: its NLL less the mean of its members'.
-Initial weights are a supernet's, cut to each architecture: common operations begin alike. The base
-and the dial's architectures are those of ledger/fmnist-SEED.csv.
+Initial weights are a supernet's, cut to each architecture: common operations begin alike. The twin
+late-STEP is the base itself for so many steps, then gets its batches in another order. The base and
+the dial's architectures are those of ledger/fmnist-SEED.csv.
 """
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from torch.nn.functional import one_hot
 
 import evidence
 from evidence import nes, report
+
+LATE = (800, 1700, 2500, 3400)  # where a checkpoint is, of 4,218 steps: near 1, 2, 3 and 4 epochs
 
 def architecture(genotype):
     """The finished architecture (2, E, O) of a ledger's genotype: `nes.genotype` backwards."""
@@ -46,15 +50,23 @@ def twins(base, dial, seed):
         "base": (base, key, key), "nothing": (base, key, key), "weight": (base, key, key),
         **{f"entry-{i}": (changed(base, [i], *key), key, key) for i in range(2)},
         "sixteen": (all_entries, key, key), "init": (base, other, key),
-        "order": (base, key, other), "both": (base, other, other),
-        "both-sixteen": (all_entries, other, other),
+        "order": (base, key, other), **{f"late-{step}": (base, key, other) for step in LATE},
+        "both": (base, other, other), "both-sixteen": (all_entries, other, other),
         **{f"dial-{i}": (arch, key, key) for i, arch in enumerate(dial)
            if i > 0 or not arch.equal(base)}}
 
 def train(name, arch, initial, order, data, args):
-    """Train a twin; <out>/<name>.pt holds it then."""
+    """Train a twin; <out>/<name>.pt holds it then. The base's checkpoints stay, as at-STEP.pt: the
+    twin late-STEP goes on from there."""
     if nes.file_of(name, args).exists():
         return
+    checkpoint = nes.file_of(f"unfinished/{name}", args)
+    kept = lambda step: nes.file_of(f"at-{step}", args)
+    def keep(step):  # called at the start of a step: the checkpoint before it is there
+        if name == "base" and step in LATE:
+            shutil.copy(checkpoint, kept(step))
+    if name[:4] == "late" and not checkpoint.exists():
+        shutil.copy(kept(name[5:]), checkpoint)
     supernet = nes.build(initial, data, args.channels, args.cells, affine=True)
     net, weights = nes.Network(**supernet.config | {"arch": arch}), supernet.state_dict()
     net.load_state_dict({key: weights[key] for key in net.state_dict()})
@@ -62,7 +74,7 @@ def train(name, arch, initial, order, data, args):
     if name == "weight":
         with torch.no_grad():
             net.classifier.weight[0, 0] += 1e-6
-    progress = nes.train(name, net, args.epochs, order, data, args)
+    progress = nes.train(name, net, args.epochs, order, data, args, keep)
     progress.finish(**nes.network_state(net, data))
 
 def row(change, names, lam, base, data, args):
