@@ -64,7 +64,7 @@ TWINS = {"nothing": "nothing", "weight": "one weight by 1e-6", "entry": "one ent
          "order": "the order of batches", "both": "a new seed: both of these",
          "both-sixteen": "a new seed and all sixteen entries"}
 # The order of batches is changed late: after so many epochs of the base's own
-LATE = {"order": "0", "late-800": "0.9", "late-1700": "2.0", "late-2500": "3.0", "late-3400": "4.0"}
+LATE = {"order": "0", "late-1700": "2.0", "late-2500": "3.0", "late-3400": "4.0"}
 GAIN = {"gain": ("NLL, less the members' mean", 1, 4)}
 TWIN = {"disagreement": ("disagree, %", 100, 2), "accuracy": ("accuracy of the pair, %", 100, 2),
         **GAIN}
