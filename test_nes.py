@@ -512,7 +512,7 @@ def test_reloaded_networks_predict_the_same_others_are_refused(finished, tmp_pat
             ("begun.pt holds no finished network", member, "begun.pt"),
             ("there is no .*none.pt", member, "none.pt"), ("^(?!.*delete).*Is a dir", member, ""),
             ("old.pt is damaged, or of another version", member, "old.pt"),
-            ("other.pt is damaged, or not by .* if a run wrote it, delete", member, "other.pt"),
+            ("other.pt is damaged, or of .* if a run wrote it, delete", member, "other.pt"),
             ("finish its", ensemble, tmp_path), ("must be uint8", ensemble(out), images / 255),
             ("not 4", ensemble, out, 4), ("not -1", ensemble, out, -1),
             ("no hyper.pt", nes.load_hypernetwork, tmp_path), ("1: .*-0.1", dial, [0.5, -0.1]),
