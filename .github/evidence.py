@@ -57,6 +57,11 @@ def lines_of(rows, *keys):
     return {", ".join(values): {row["seed"]: row for row in found}
             for values, found in by(rows, *keys).items()}
 
+def of_common_seeds(lines):
+    """Only the seeds that all lines have, so that the lines can be compared."""
+    common = set.intersection(*map(set, lines.values())) if lines else ()
+    return {title: {seed: seeds[seed] for seed in sorted(common)} for title, seeds in lines.items()}
+
 # ---- The finding: what moves predictions? --------------------------------------------------------
 
 TWINS = {"nothing": "nothing", "weight": "one weight by 1e-6", "entry": "one entry",
@@ -280,8 +285,7 @@ def plot_compute(points, path):
 
 FEW = {"accuracy": ("accuracy, %", 100, 2), "nll": ("NLL", 1, 4),
        "disagreement": ("disagree, %", 100, 2), "train_loss": ("training loss", 1, 3)}
-FEW_QUESTIONS = [("five of ours", "five deep"), ("five random", "five deep"),
-                 ("five deep", "one network")]
+FEW_QUESTIONS = [("five of ours", "five deep"), ("five random", "five deep")]
 FLOOR = {"ece": ("ECE", 1, 4), "floor": ("ECE, were it calibrated", 1, 4),
          "spread": ("deviation of that", 1, 4)}
 
@@ -454,13 +458,9 @@ def tables():
     rows = map(json.loads, trials.read_text().splitlines()) if trials.exists() else []
     trial = [row for row in rows if "which" in row]
     points, there = score_lines(scores), lines_of(elsewhere, "method")
-    best = {title: points[title] for title in points if title not in LESS}
-    # only the seeds that all lines have, so that the lines can be compared
-    common = set.intersection(*map(set, best.values())) if best else ()
-    best = {title: {seed: seeds[seed] for seed in sorted(common)} for title, seeds in best.items()}
+    best = of_common_seeds({title: points[title] for title in points if title not in LESS})
     trained = [row for row in twins if row["change"] == "dial"]
-    late = twin_lines(twins, LATE)
-    late = len(late) == len(LATE) and late
+    late = of_common_seeds(twin_lines(twins, LATE))
     held = {HELD: {row["seed"]: row for row in twins if row["change"] == "five of the dial"},
             OURS: {seed: row | {"gain": gains(SAVED / f"fmnist-{seed}.csv")}
                    for seed, row in points.get(OURS, {}).items()}}
@@ -481,7 +481,7 @@ def tables():
         "few": few and score_table(fewer, FEW),
         "few, compared": few and compared_table(fewer, FEW_QUESTIONS, {
             key: FEW[key] for key in FEW if key != "train_loss"}),
-        "late": late and score_table(late, MOVED, first="epochs together"),
+        "late": len(late) > 1 and score_table(late, MOVED, first="epochs together"),
         "scores": scores and score_table(best, SCORES | COST),
         "scores, compared": scores and compared_table(points, QUESTIONS, COMPARED),
         "dial": dial and dial_table(
