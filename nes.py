@@ -275,7 +275,7 @@ def search(name, net, architecture, rate, steps, propose, data, args, second_ord
 def base_search(name, data, args):
     """Step 1 of the method: DARTS trains a supernet and alpha; returns it and softmax(alpha).
     The default, 150 steps, is .36 of an epoch on Fashion-MNIST: a base, hardly an optimum. In a
-    trial 600 were not measurably better (results.md, section 4)."""
+    trial 600 steps, too, gave nothing measurably better than random architectures."""
     net = build((args.seed, name), data, args.search_channels, cells=2)  # a cell of either kind
     alpha = 1e-3 * torch.randn(2, len(EDGES), len(NAMES), generator=rng(args.seed, name))
     architecture = nn.ParameterDict({"alpha": alpha})

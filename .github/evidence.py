@@ -68,8 +68,9 @@ TWINS = {"nothing": "nothing", "weight": "one weight by 1e-6", "entry": "one ent
          "sixteen": "all sixteen entries", "init": "the initial weights",
          "order": "the order of batches", "both": "a new seed: both of these",
          "both-sixteen": "a new seed and all sixteen entries"}
-# The order of batches is changed late: after so many epochs of the base's own
-LATE = {"order": "0", "late-1700": "2.0", "late-2500": "3.0", "late-3400": "4.0"}
+# Of 4,218 steps those where the order of batches is changed late, and their epochs: each is one
+# after which a checkpoint was written
+LATE = {1700: "2.0", 2500: "3.0", 3400: "4.0"}
 GAIN = {"gain": ("NLL, less the members' mean", 1, 4)}
 TWIN = {"disagreement": ("disagree, %", 100, 2), "accuracy": ("accuracy of the pair, %", 100, 2),
         **GAIN}
@@ -251,6 +252,7 @@ LONGER = [(DEEP, "one network, 20"), ("one shot of 20, 12", FIRST),
               (f"one shot of 20, {epochs}", f"one network, {epochs}") for epochs in (5, 20))]
 ONE, SHOT_12 = "one network, augmented, 12", "one shot of 20, augmented, 12"
 REGULARISED = [(SHOT_12, ONE), (ONE, "one network, 12")]
+CIFAR = {key: report.COLUMNS[key] for key in ("accuracy", "nll", "disagreement")}
 CIFAR_QUESTIONS = [("ours", "deep"), ("ours", "perturbed"), ("deep", "single"),
                    ("one-shot", "single")]
 HELD = "five of the dial, seed held"
@@ -454,13 +456,14 @@ def tables():
     others = report.read_runs(some) if some else {}
     scores, elsewhere, pairs, control, dial, ablation, shots, sizes, twins, few, floor = (
         read(SAVED / f"{name}.csv") for name in (*FILES, *OTHERS))
-    trials = SAVED / "trials.jsonl"
-    rows = map(json.loads, trials.read_text().splitlines()) if trials.exists() else []
-    trial = [row for row in rows if "which" in row]
+    file = SAVED / "trials.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    trials = [row for row in map(json.loads, lines) if "which" in row]
     points, there = score_lines(scores), lines_of(elsewhere, "method")
     best = of_common_seeds({title: points[title] for title in points if title not in LESS})
     trained = [row for row in twins if row["change"] == "dial"]
-    late = of_common_seeds(twin_lines(twins, LATE))
+    late = of_common_seeds(twin_lines(twins, {
+        "order": "0", **{f"late-{step}": epochs for step, epochs in LATE.items()}}))
     held = {HELD: {row["seed"]: row for row in twins if row["change"] == "five of the dial"},
             OURS: {seed: row | {"gain": gains(SAVED / f"fmnist-{seed}.csv")}
                    for seed, row in points.get(OURS, {}).items()}}
@@ -473,10 +476,8 @@ def tables():
         "twins": twins and score_table(twin_lines(twins), TWIN),
         "twins, compared": twins and compared_table(twin_lines(twins), TWIN_QUESTIONS, MOVED),
         "response": shots and twins and response_table(shots, trained),
-        "CIFAR-10": abroad and score_table(abroad, {
-            key: report.COLUMNS[key] for key in report.COLUMNS if key != "ece"}),
-        "CIFAR-10, compared": abroad and compared_table(abroad, CIFAR_QUESTIONS, {
-            key: report.COLUMNS[key] for key in ("accuracy", "nll", "disagreement")}),
+        "CIFAR-10": abroad and score_table(abroad, CIFAR),
+        "CIFAR-10, compared": abroad and compared_table(abroad, CIFAR_QUESTIONS, CIFAR),
         "augmented": ONE in points and compared_table(points, REGULARISED, SCORES),
         "few": few and score_table(fewer, FEW),
         "few, compared": few and compared_table(fewer, FEW_QUESTIONS, {
@@ -509,8 +510,6 @@ def tables():
         "scores, compared in all": scores and compared_table(points, QUESTIONS + LONGER, SCORES),
         "augmented, each": ONE in points and score_table(
             {title: points[title] for title in (ONE, SHOT_12)}, SCORES),
-        "augmented, and one shot that is not": ONE in points and compared_table(
-            points, [(ONE, "one shot of 20, 12")], SCORES),
         "sizes of networks": scores and score_table(points, SIZED),
         "sizes of networks, compared": scores and compared_table(points, [
             (OURS, DEEP), (OURS, RANDOM), (DEEP, RANDOM)], SIZED | SCORES),
@@ -529,7 +528,7 @@ def tables():
                     ("in one shot, lambda above .3", [
                         row for row in shots if float(row["lambda"]) > 0.3])))]),
         "pairs": pairs and pair_table(pairs),
-        "a base search of 600 steps, selection split": trial and trial_table(trial),
+        "a base search of 600 steps, selection split": trials and trial_table(trials),
         "calibration": floor and score_table(lines_of(floor, "method"), FLOOR)}
     return [{title: text for title, text in found.items() if text} for found in (shown, more)]
 

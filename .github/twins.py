@@ -19,9 +19,7 @@ import torch
 from torch.nn.functional import one_hot
 
 import evidence
-from evidence import nes, report
-
-LATE = (1700, 2500, 3400)  # where a checkpoint is, of 4,218 steps: near 2, 3 and 4 epochs
+from evidence import LATE, nes, report
 
 def architecture(genotype):
     """The finished architecture (2, E, O) of a ledger's genotype: `nes.genotype` backwards."""
